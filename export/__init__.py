@@ -1,0 +1,1 @@
+"""Exits to other runtimes; one target a file."""

@@ -1,0 +1,8 @@
+"""Quantized ops, one a file: a PyTorch reference that is right on any device, its fake, and its cases.
+
+Importing the package registers the ops as `torch.ops.qfx.*`; it does nothing else.
+"""
+
+from qfx.kernels import fp8_linear, int8_linear, pack, quantize_rows, wna16_linear, wnaq_linear
+
+__all__ = ["fp8_linear", "int8_linear", "pack", "quantize_rows", "wna16_linear", "wnaq_linear"]

@@ -1,0 +1,1 @@
+"""The passes: discover, calibrate, transform, solve, lower; one method a file."""

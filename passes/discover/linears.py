@@ -1,0 +1,104 @@
+"""Finds the linears of a graph: products of an activation with a parameter, whichever op computes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from qfx.core.graph import Graph
+from qfx.core.linear import Linear
+from qfx.core.report import Miss
+from qfx.passes.discover._operand import Operand, operand
+
+aten = torch.ops.aten
+_GROUPED = ("grouped_mm",)
+
+
+def find_linears(graph: Graph) -> tuple[list[Linear], list[Miss]]:
+    """All linears in execution order, and the products with a parameter that no view covers, with the reason."""
+    found: list[Linear] = []
+    misses: list[Miss] = []
+    for node in graph.nodes:
+        match = _match(graph, node)
+        if isinstance(match, Linear):
+            found.append(match)
+        elif isinstance(match, Miss):
+            misses.append(match)
+    return found, misses
+
+
+def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:
+    if node.op != "call_function":
+        return None
+    target, args = node.target, node.args
+    x: object = None
+    weight: Operand | None = None
+    bias: object = None
+    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+    if target is aten.linear.default:
+        x, weight, bias = args[0], operand(graph, args[1]), args[2] if len(args) > 2 else None
+        axes = ((), (0,), (1,))
+    elif target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
+        x, weight = args[0], operand(graph, args[1])
+        axes = _matmul_axes(weight)
+    elif target in (aten.addmm.default, aten.baddbmm.default):
+        bias, x, weight = args[0], args[1], operand(graph, args[2])
+        axes = _matmul_axes(weight)
+    elif target is aten.einsum.default:
+        return _match_einsum(graph, node)
+    elif any(g in str(target) for g in _GROUPED) and len(args) >= 2:
+        x, weight = args[0], operand(graph, args[1])
+        axes = ((0,), (2,), (1,)) if weight and len(weight.dims) == 3 else None
+    if weight is None:
+        return None
+    if not isinstance(x, fx.Node) or operand(graph, x) is not None:
+        return None
+    if axes is None or len(weight.dims) not in (2, 3):
+        return Miss(weight.name, f"{target} takes the parameter in {len(weight.dims)} dimensions", weights=0)
+    return _linear(graph, node, x, weight, axes, bias)
+
+
+def _matmul_axes(weight: Operand | None) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    if weight is None or len(weight.dims) not in (2, 3):
+        return None
+    return ((), (1,), (0,)) if len(weight.dims) == 2 else ((0,), (2,), (1,))
+
+
+def _match_einsum(graph: Graph, node: fx.Node) -> Linear | Miss | None:
+    """`...i, oi -> ...o`: the axis in both inputs and not in the result is `in`; in all three, experts; the rest, out."""
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str) and isinstance(operands, list | tuple)
+    known = [operand(graph, o) for o in operands]
+    if len(operands) != 2 or sum(k is not None for k in known) != 1 or "->" not in equation:
+        return None
+    terms, result = equation.replace(" ", "").split("->")
+    at = 0 if known[0] is not None else 1
+    w_term, x_term = terms.split(",")[at], terms.split(",")[1 - at]
+    weight, x = known[at], operands[1 - at]
+    assert weight is not None
+    inner = [c for c in w_term if c in x_term and c not in result]
+    experts = [c for c in w_term if c in x_term and c in result]
+    outer = [c for c in w_term if c not in x_term]
+    if "." in w_term or len(inner) != 1 or x_term[-1] != inner[0] or not outer:
+        return Miss(weight.name, f"einsum {equation!r} does not contract the last axis of its input with one axis")
+    axes = tuple(tuple(w_term.index(c) for c in group) for group in (experts, outer, inner))
+    return _linear(graph, node, x, weight, axes, None)  # type: ignore[arg-type]
+
+
+def _linear(graph: Graph, node: fx.Node, x: fx.Node, weight: Operand, axes: tuple, bias: object) -> Linear:  # type: ignore[type-arg]
+    bias_operand = operand(graph, bias)
+    y = node
+    if bias is None and len(node.users) == 1:
+        # a bias that the module adds by itself right after the product
+        (user,) = node.users
+        if user.target is aten.add.Tensor and user.kwargs.get("alpha", 1) == 1:
+            other = user.args[1] if user.args[0] is node else user.args[0]
+            added = operand(graph, other)
+            val = node.meta["val"]
+            if added and isinstance(val, Tensor) and graph.attr(added.name).shape == val.shape[-1:]:
+                bias_operand, y = added, user
+    named = bias_operand.name if bias_operand and len(bias_operand.dims) == 1 else None
+    name = weight.name.removesuffix(".weight")
+    mapped = tuple(tuple(weight.dims[a] for a in group) for group in axes)
+    foreign = bias is not None and named is None
+    return Linear(name, node, x, weight.name, mapped, named, y, foreign)  # type: ignore[arg-type]

@@ -1,0 +1,196 @@
+"""`QLinear`: the module that stands where a linear stood, and calls one quantized op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qfx.core.errors import KernelError
+from qfx.core.grid import Int
+from qfx.core.qtensor import QTensor
+from qfx.core.spec import Scheme, scheme_label
+from qfx.kernels import fp8_linear, int8_linear, wna16_linear, wnaq_linear
+from qfx.kernels.pack import apply_to_bits, dequantize, empty_store, restore, store
+from qfx.kernels.quantize_rows import grid_name
+
+_OPS = {
+    "int8_linear": int8_linear,
+    "fp8_linear": fp8_linear,
+    "wna16_linear": wna16_linear,
+    "wnaq_linear": wnaq_linear,
+}
+"""By preference: the first that supports a scheme computes it."""
+
+_BUFFERS = {"codes": "weight_codes", "scale": "weight_scale", "zero": "weight_zero", "g_idx": "g_idx"}
+"""Of what `store` gives."""
+
+
+def choose_op(scheme: Scheme, in_features: int, g_idx: bool = False) -> str:
+    """The name of the op that computes a linear of this scheme; KernelError with every op's reason if none does."""
+    reasons = {name: op.supports(scheme, in_features, g_idx) for name, op in _OPS.items()}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    why = "; ".join(reason for reason in reasons.values() if reason)
+    raise KernelError(f"lower: no op computes {scheme_label(scheme)} on {in_features} channels ({why})")
+
+
+class QLinear(nn.Module):
+    """`x @ W.T + b` with a quantized weight, and a quantized input if the scheme says so.
+
+    The weight is kept as buffers: `weight_codes` (below 8 bits uint8, packed along the input axis; for 8 bits int8,
+    uint8 or float8), `weight_scale` float32 `[out or 1, groups]`, `weight_zero` uint8 of that shape or None, `g_idx`
+    int32 `[in]` or None. A static input has `input_scale` (float32 scalar) and, on an unsigned grid, `input_zero`
+    (int32 scalar). `bias` is a buffer, too. `.half()`, `.to(dtype)` and the like cast only the bias and `dtype`, never
+    codes or scales.
+
+    Attributes:
+        in_features: columns of W.
+        out_features: rows of W.
+        scheme: how weight and input are represented.
+        dtype: the dtype of `weight` and `bias`. The output has the input's dtype.
+        op: the name of the op that `forward` calls.
+
+    Args:
+        in_features: columns of W.
+        out_features: rows of W.
+        scheme: how weight and input are represented.
+        bias: whether there is a bias.
+        g_idx: whether the groups of columns are not consecutive.
+        dtype: as above.
+        device: where the buffers are made.
+
+    Raises:
+        KernelError: no op computes the scheme.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool = True,
+        g_idx: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.dtype = scheme, dtype
+        self.op = choose_op(scheme, in_features, g_idx)
+        stored = empty_store(scheme.weight, (out_features, in_features), g_idx, device)
+        for key, name in _BUFFERS.items():
+            self.register_buffer(name, stored[key])
+        x = scheme.input
+        static, asymmetric = x is not None and not x.dynamic, x is not None and not x.symmetric
+        scale = torch.ones((), dtype=torch.float32, device=device) if static else None
+        zero = torch.zeros((), dtype=torch.int32, device=device) if static and asymmetric else None
+        self.register_buffer("input_scale", scale)
+        self.register_buffer("input_zero", zero)
+        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        grid = scheme.weight.grid
+        self._bits, self._signed = grid.bits, isinstance(grid, Int) and grid.signed
+        self._x_grid = grid_name(x.grid) if x else ""
+        self._per_tensor = bool(x and x.dynamic and x.block == (-1, -1))
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool = True,
+        g_idx: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> QLinear:
+        """A linear of zeros on any device, into which the `state_dict` of one of the same form loads."""
+        return cls(in_features, out_features, scheme, bias=bias, g_idx=g_idx, dtype=dtype, device=device)
+
+    @classmethod
+    def from_qtensor(
+        cls,
+        qtensor: QTensor,
+        bias: Tensor | None,
+        scheme: Scheme,
+        *,
+        input_scale: Tensor | float | None = None,
+        input_zero: Tensor | int | None = None,
+        dtype: torch.dtype,
+    ) -> QLinear:
+        """A linear with this weight.
+
+        Args:
+            qtensor: the weight, `[out, in]`.
+            bias: `[out]` or None.
+            scheme: its `weight` is the qtensor's spec.
+            input_scale: one value, if the scheme's input is static.
+            input_zero: one value, if that is asymmetric as well.
+            dtype: of `weight` and `bias`.
+
+        Raises:
+            KernelError: the qtensor is not of the scheme, what a static input needs is missing, or no op computes the
+                scheme.
+        """
+        if qtensor.spec != scheme.weight:
+            raise KernelError(f"lower: a weight of {qtensor.spec} for a scheme of {scheme.weight}; use its own spec")
+        out, columns = qtensor.codes.shape
+        form = {"bias": bias is not None, "g_idx": qtensor.g_idx is not None, "dtype": dtype}
+        module = cls.empty(columns, out, scheme, **form, device="meta")
+        values = {_BUFFERS[key]: value for key, value in store(qtensor).items()}
+        device = qtensor.codes.device
+        values["bias"] = None if bias is None else bias.to(device, dtype, copy=True)
+        for key, value, kind in (("input_scale", input_scale, torch.float32), ("input_zero", input_zero, torch.int32)):
+            values[key] = None if value is None else torch.as_tensor(value).to(device, kind).reshape(())
+        for key, value in values.items():
+            expected = module._buffers[key]
+            got, want = (None if t is None else tuple(t.shape) for t in (value, expected))
+            if got != want:
+                raise KernelError(f"lower: {key} has shape {got}; a linear of {scheme_label(scheme)} takes {want}")
+            module._buffers[key] = None if value is None else value.detach()
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]` of x's dtype."""
+        codes, scale, bias = self.weight_codes, self.weight_scale, self.bias
+        quantized = self._x_grid, self._per_tensor
+        if self.op == "int8_linear":
+            return torch.ops.qfx.int8_linear(x, codes, scale, bias, self.input_scale, self.input_zero, *quantized)
+        if self.op == "fp8_linear":
+            return torch.ops.qfx.fp8_linear(x, codes, scale, bias, self.input_scale, *quantized)
+        weight = codes, scale, self.weight_zero, self.g_idx, bias
+        stored = self._bits, self.in_features, self._signed
+        if self.op == "wna16_linear":
+            return torch.ops.qfx.wna16_linear(x, *weight, *stored)
+        return torch.ops.qfx.wnaq_linear(x, *weight, self.input_scale, self.input_zero, *stored, *quantized)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight `[out, in]` in `dtype`, for code that reads `weight.dtype`; computed each time."""
+        return self.dequantize().to(self.dtype)
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for, float32 `[out, in]`."""
+        tensors = self.weight_codes, self.weight_scale, self.weight_zero, self.g_idx
+        return dequantize(*tensors, bits=self._bits, columns=self.in_features, signed=self._signed)
+
+    def qtensor(self) -> QTensor:
+        """The weight as it was given to `from_qtensor`."""
+        stored = {key: self._buffers[name] for key, name in _BUFFERS.items()}
+        return restore(stored, self.scheme.weight, self.in_features)
+
+    def extra_repr(self) -> str:
+        """The line of `print(model)`."""
+        size = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{size}, scheme={scheme_label(self.scheme)}, op={self.op}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
+        kept = {id(b) for name, b in self._buffers.items() if b is not None and name != "bias"}
+        # what fn does to the dtype of a float tensor, without a tensor to lose
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
+        super()._apply(lambda t: apply_to_bits(fn, t) if id(t) in kept else fn(t), recurse)
+        return self

@@ -1,0 +1,262 @@
+"""Quantized parameters of modules that multiply with them inside their own forward, such as 3-D expert weights.
+
+The parameter becomes buffers, and the module's class a subclass of the same name on which the parameter's name is a
+property: it gives the dequantized weight in the parameter's own layout and dtype, computed at each access. If the
+input is quantized as well, the property gives a tensor that quantizes whatever it is multiplied with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qfx.core.errors import KernelError
+from qfx.core.grid import Int
+from qfx.core.qtensor import QTensor, fake_quantize, scale_from_range
+from qfx.core.spec import QSpec, Scheme
+from qfx.kernels.pack import apply_to_bits, dequantize, empty_store, restore, store
+from qfx.kernels.quantize_rows import supports_input
+
+_STORED = ("codes", "scale", "zero", "g_idx")
+
+
+@dataclass
+class Slot:
+    """What a module knows of one of its quantized parameters; `dtype` is that of the dequantized weight."""
+
+    scheme: Scheme
+    layout: tuple[int, ...]
+    columns: int
+    dtype: torch.dtype
+
+
+def quantize_parameter(
+    module: nn.Module,
+    name: str,
+    qtensor: QTensor,
+    scheme: Scheme,
+    layout: tuple[int, ...],
+    *,
+    input_scale: Tensor | float | None = None,
+    input_zero: Tensor | int | None = None,
+) -> None:
+    """Replaces a parameter by its codes; `module.<name>` gives the dequantized weight from then on.
+
+    The buffers are `<name>_codes`, `<name>_scale` and, or None, `<name>_zero`, `<name>_g_idx`, `<name>_input_scale`
+    and `<name>_input_zero`, as in `QLinear`.
+
+    Args:
+        module: it keeps its identity, its class gets a subclass of the same name.
+        name: of the parameter.
+        qtensor: the weight in canonical form, `[..., out, in]`.
+        scheme: its `weight` is the qtensor's spec.
+        layout: the permutation that takes canonical dims to the parameter's own: (0, 2, 1) for experts `[e, in, out]`.
+        input_scale: one value, if the scheme's input is static.
+        input_zero: one value, if that is asymmetric as well.
+
+    Raises:
+        KernelError: module, qtensor, scheme and layout do not fit together.
+    """
+    if qtensor.spec != scheme.weight:
+        raise KernelError(f"lower: {name!r} has a weight of {qtensor.spec}; the scheme says {scheme.weight}")
+    device = qtensor.codes.device
+    values = store(qtensor)
+    for key, value, kind in (("input_scale", input_scale, torch.float32), ("input_zero", input_zero, torch.int32)):
+        values[key] = None if value is None else torch.as_tensor(value).to(device, kind).reshape(())
+    _replace(module, name, tuple(qtensor.codes.shape), values, scheme, layout)
+
+
+def empty_parameter(
+    module: nn.Module, name: str, scheme: Scheme, layout: tuple[int, ...], *, g_idx: bool = False
+) -> None:
+    """The same with codes 0 and scales 1, on the parameter's device: a saved `state_dict` loads into it."""
+    parameter = module.get_parameter(name)
+    shape = tuple(parameter.shape[layout.index(i)] for i in range(parameter.dim()))
+    values = empty_store(scheme.weight, shape, g_idx, parameter.device)
+    x = scheme.input
+    if x is not None and not x.dynamic:
+        values["input_scale"] = torch.ones((), dtype=torch.float32, device=parameter.device)
+        if not x.symmetric:
+            values["input_zero"] = torch.zeros((), dtype=torch.int32, device=parameter.device)
+    _replace(module, name, shape, values, scheme, layout)
+
+
+def parameter_qtensor(module: nn.Module, name: str) -> QTensor:
+    """The canonical weight behind a quantized parameter."""
+    slot: Slot = module._slots[name]  # type: ignore[assignment,index]
+    return restore({key: module._buffers[f"{name}_{key}"] for key in _STORED}, slot.scheme.weight, slot.columns)
+
+
+def _replace(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    values: dict[str, Tensor | None],
+    scheme: Scheme,
+    layout: tuple[int, ...],
+) -> None:
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        raise KernelError(f"lower: {type(module).__name__} has no parameter {name!r}; nothing is replaced")
+    if sorted(layout) != list(range(len(shape))) or tuple(shape[i] for i in layout) != tuple(parameter.shape):
+        raise KernelError(f"lower: layout {layout} takes {shape} to no {tuple(parameter.shape)}; fix it for {name!r}")
+    x = scheme.input
+    if x is not None and (reason := supports_input(x)):
+        raise KernelError(f"lower: {name!r} has {reason}")
+    static = x is not None and not x.dynamic
+    if static != (values.get("input_scale") is not None):
+        raise KernelError(f"lower: {name!r} needs an input scale if, and only if, its input is static")
+    if (static and x is not None and not x.symmetric) != (values.get("input_zero") is not None):
+        raise KernelError(f"lower: {name!r} needs an input zero if, and only if, its input is static and asymmetric")
+    del module._parameters[name]
+    for key in (*_STORED, "input_scale", "input_zero"):
+        value = values.get(key)
+        module.register_buffer(f"{name}_{key}", None if value is None else value.detach())
+    if not isinstance(module, _Quantized):
+        module._slots = {}
+    module._slots[name] = Slot(scheme, tuple(layout), shape[-1], parameter.dtype)  # type: ignore[index]
+    module.__class__ = _subclass(type(module), name)
+
+
+class _Quantized:
+    """Mixin of modules with quantized parameters: casts change the dtype that they give, not what is stored."""
+
+    _slots: dict[str, Slot]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        buffers: dict[str, Tensor | None] = self._buffers  # type: ignore[attr-defined]
+        names = [f"{name}_{key}" for name in self._slots for key in (*_STORED, "input_scale", "input_zero")]
+        kept = {id(buffers[name]) for name in names if buffers[name] is not None}
+        for name, slot in self._slots.items():
+            device = buffers[f"{name}_codes"].device  # type: ignore[union-attr]
+            slot.dtype = fn(torch.empty(0, dtype=slot.dtype, device=device)).dtype
+        return super()._apply(lambda t: apply_to_bits(fn, t) if id(t) in kept else fn(t), recurse)  # type: ignore[misc]
+
+
+@functools.cache  # one class for all modules of a kind: torch.compile guards on the type
+def _subclass(base: type, name: str) -> type:
+    bases = (base,) if issubclass(base, _Quantized) else (_Quantized, base)
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, bases, {**body, name: property(lambda module: _read(module, name))})
+
+
+def _read(module: Any, name: str) -> Tensor:
+    """The dequantized weight in the parameter's layout, and with its input's spec if that is quantized."""
+    slot, buffers = module._slots[name], module._buffers
+    grid, x = slot.scheme.weight.grid, slot.scheme.input
+    signed = isinstance(grid, Int) and grid.signed
+    stored = [buffers[f"{name}_{key}"] for key in _STORED]
+    weight = dequantize(*stored, bits=grid.bits, columns=slot.columns, signed=signed)
+    weight = weight.to(slot.dtype).permute(slot.layout).contiguous()
+    if x is None:
+        return weight
+    return _tag(weight, (name, x, buffers[f"{name}_input_scale"], buffers[f"{name}_input_zero"]))
+
+
+Input = tuple[str, QSpec, Tensor | None, Tensor | None]
+"""Whose input it is, its spec, and the scale and zero point if that is static."""
+
+# where the two operands of a product stand: position of the first, and their names if they come by keyword
+_PRODUCTS: dict[Any, tuple[int, tuple[str, str]]] = {
+    F.linear: (0, ("input", "weight")),
+    torch.matmul: (0, ("input", "other")),
+    Tensor.matmul: (0, ("input", "other")),
+    Tensor.__matmul__: (0, ("input", "other")),
+    torch.mm: (0, ("input", "mat2")),
+    Tensor.mm: (0, ("input", "mat2")),
+    torch.bmm: (0, ("input", "mat2")),
+    Tensor.bmm: (0, ("input", "mat2")),
+    torch.addmm: (1, ("mat1", "mat2")),
+    torch.baddbmm: (1, ("batch1", "batch2")),
+    torch._grouped_mm: (0, ("self", "mat2")),
+    F.grouped_mm: (0, ("mat_a", "mat_b")),
+}
+
+
+class QuantizingWeight(torch.Tensor):
+    """A dequantized weight whose products quantize their other operand; what moves or casts it gives another one."""
+
+    input: Input
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Products give plain tensors; any other op with a float tensor beside the weight raises KernelError."""
+        args, kwargs = list(args), dict(kwargs or {})
+        flat = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (tuple, list)) else (a,))]
+        of = next(t.input for t in flat if isinstance(t, QuantizingWeight))
+        with torch._C.DisableTorchFunctionSubclass():  # what follows sees, and gives, plain tensors
+            if func is torch.einsum:
+                return torch.einsum(args[0], _quantize_einsum(args, of))
+            if (product := _product(func)) is not None:
+                _quantize_operand(args, kwargs, product, of, last=func is F.linear)
+                return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if func is Tensor.as_subclass:
+                return out
+            floats = [t for t in flat if isinstance(t, Tensor) and t.is_floating_point()]
+            if isinstance(out, Tensor) and out.is_floating_point():
+                _refuse_if(func is F.embedding or not all(isinstance(t, QuantizingWeight) for t in floats), func, of)
+                return _tag(out, of)
+            if isinstance(out, (tuple, list)):
+                return type(out)(_tag(t, of) if isinstance(t, Tensor) else t for t in out)
+            return out
+
+
+def _tag(weight: Tensor, of: Input) -> Tensor:
+    tagged = weight.as_subclass(QuantizingWeight)
+    tagged.input = of
+    return tagged
+
+
+def _product(func: Any) -> tuple[int, tuple[str, str]] | None:
+    # registered when transformers is imported, which may be later than this file
+    grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if grouped is not None and func in (grouped, grouped.default):
+        return 0, ("input", "weight")
+    return _PRODUCTS.get(func)
+
+
+def _refuse_if(refused: bool, func: Any, of: Input) -> None:
+    if refused:
+        what = getattr(func, "__name__", func)
+        raise KernelError(f"lower: the input of {of[0]!r} cannot be quantized in {what}; keep that input float")
+
+
+def _quantize_operand(args: list, kwargs: dict, product: tuple[int, tuple[str, str]], of: Input, last: bool) -> None:
+    """Quantizes the operand that is not the weight, in place of `args` or `kwargs`, along the contracted dim."""
+    start, names = product
+    places: list[tuple[Any, Any]] = [(args, start + i) if start + i < len(args) else (kwargs, names[i]) for i in (0, 1)]
+    ours = [isinstance(where[key], QuantizingWeight) for where, key in places]
+    _refuse_if(sum(ours) != 1, "a product of it with nothing else, or with itself", of)
+    where, key = places[ours.index(False)]
+    x = where[key]
+    where[key] = _quantize(x, of, (-2,) if ours[0] and not last and x.dim() > 1 else (-1,))
+
+
+def _quantize_einsum(args: list, of: Input) -> list[Tensor]:
+    equation = args[0].replace(" ", "")
+    operands = list(args[1]) if isinstance(args[1], (tuple, list)) else args[1:]
+    subscripts = equation.split("->")[0].split(",")
+    ours = [isinstance(t, QuantizingWeight) for t in operands]
+    _refuse_if(len(operands) != 2 or sum(ours) != 1 or "->" not in equation or "." in equation, torch.einsum, of)
+    i, output = ours.index(False), equation.split("->")[1]
+    dims = tuple(k for k, c in enumerate(subscripts[i]) if c in subscripts[1 - i] and c not in output)
+    _refuse_if(not dims, torch.einsum, of)
+    operands[i] = _quantize(operands[i], of, dims)
+    return operands
+
+
+def _quantize(x: Tensor, of: Input, dims: tuple[int, ...]) -> Tensor:
+    """Fake-quantizes with the static scale, or one for what `dims` hold together (for all of x if per tensor)."""
+    _, spec, scale, zero = of
+    if scale is None:
+        if spec.block == (-1, -1):
+            dims = tuple(range(x.dim()))
+        scale, zero = scale_from_range(x.amin(dims, keepdim=True), x.amax(dims, keepdim=True), spec)
+    return fake_quantize(x, scale, zero, spec)

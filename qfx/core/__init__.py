@@ -1,0 +1,1 @@
+"""The floor of qfx: graphs, sites, maps, grids and quantized tensors. Imports torch and nothing of qfx above it."""

@@ -1,0 +1,68 @@
+"""Observers as nodes of the graph: `insert` puts statistics behind values, `remove` is its exact inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from .graph import Graph
+from .statistic import Statistic
+
+
+class Observe:
+    """The target of an observer node: updates its statistics and passes the value on.
+
+    Attributes:
+        statistics: what to update.
+        mask: bool `[batch, sequence]` of the tokens that count in the present batch, or None for all.
+    """
+
+    __name__ = "observe"
+    __module__ = "qfx"
+
+    def __init__(self, statistics: Sequence[Statistic]) -> None:
+        """Keeps the statistics."""
+        self.statistics = list(statistics)
+        self.mask: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Updates the statistics with the tokens of x `[..., channels]` that count."""
+        seen = x.detach()
+        if self.mask is not None and x.shape[: self.mask.dim()] == self.mask.shape:
+            seen = x[self.mask.to(x.device)]
+        for statistic in self.statistics:
+            statistic.update(seen)
+        return x
+
+
+def insert(graph: Graph, wanted: Mapping[fx.Node, Sequence[Statistic]]) -> list[fx.Node]:
+    """Puts an observer behind each value; its readers then read the observer. Returns the observer nodes."""
+    added = []
+    for value, statistics in wanted.items():
+        with graph.fx.inserting_after(value):
+            node = graph.fx.create_node("call_function", Observe(statistics), (value,), name=f"observe_{value.name}")
+        node.meta = {k: v for k, v in value.meta.items() if k in ("val", "nn_module_stack")}
+        value.replace_all_uses_with(node, delete_user_cb=lambda user, me=node: user is not me)  # type: ignore[misc]
+        added.append(node)
+    graph.touch()
+    return added
+
+
+def remove(graph: Graph) -> None:
+    """Removes every observer; the graph's text is then what it was before they were inserted."""
+    for node in list(graph.fx.nodes):
+        if isinstance(node.target, Observe):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.fx.erase_node(node)
+    graph.touch()
+
+
+def set_masks(nodes: Sequence[fx.Node], batch: Mapping[str, Any]) -> None:
+    """Tells observers which tokens of the next batch are padding (its `attention_mask`, if it has one)."""
+    mask = batch.get("attention_mask")
+    usable = isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all())
+    for node in nodes:
+        if isinstance(node.target, Observe):
+            node.target.mask = (mask != 0) if usable else None

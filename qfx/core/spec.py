@@ -1,0 +1,201 @@
+"""How one tensor (`QSpec`) and one layer (`Scheme`) are represented, and the names that the field uses for them.
+
+The grammar of names is `W<bits>A<bits>` with suffixes, and compressed-tensors' own names where it has one:
+`W8A8`, `W4A16`, `W4A16_ASYM`, `W8A16`, `W4A8`, `FP8`, `FP8_DYNAMIC`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .errors import RecipeError
+from .grid import E4M3, E5M2, Grid, Int, grid_from_dict, grid_to_dict
+
+GROUP = 128
+"""Group size of weight-only schemes whose name gives none, as in compressed-tensors and GPTQ."""
+
+
+@dataclass(frozen=True)
+class QSpec:
+    """How one tensor is quantized.
+
+    Args:
+        grid: what the codes mean.
+        block: the (rows, columns) that share a scale; -1 is the whole axis. Rows are output channels of a weight
+            [out, in] and tokens of an activation [tokens, channels]: (1, -1) is per channel or per token, (-1, -1) per
+            tensor, (1, 128) groups of 128 inputs.
+        symmetric: no zero point. Asymmetric needs an unsigned grid.
+        dynamic: the scale is computed from the tensor at run time (activations only).
+    """
+
+    grid: Grid
+    block: tuple[int, int] = (1, -1)
+    symmetric: bool = True
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what no quantizer computes."""
+        if any(b == 0 or b < -1 for b in self.block):
+            raise ValueError(f"spec: block {self.block} must be positive, or -1 for the whole axis")
+        if not self.symmetric and not (isinstance(self.grid, Int) and not self.grid.signed):
+            raise ValueError("spec: an asymmetric spec needs an unsigned integer grid")
+        if self.symmetric and isinstance(self.grid, Int) and not self.grid.signed:
+            raise ValueError("spec: a symmetric spec needs a signed grid")
+
+    def groups(self, columns: int) -> int:
+        """How many scales one row of `columns` values has; raises ValueError if the block does not divide them."""
+        size = self.block[1]
+        if size == -1:
+            return 1
+        if columns % size:
+            raise ValueError(f"group_size {size} does not divide {columns} input channels")
+        return columns // size
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-ready description."""
+        return {
+            "grid": grid_to_dict(self.grid),
+            "block": list(self.block),
+            "symmetric": self.symmetric,
+            "dynamic": self.dynamic,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> QSpec:
+        """The inverse of `to_dict`; an unknown key raises ValueError."""
+        fields = dict(data)
+        grid = grid_from_dict(dict(fields.pop("grid")))  # type: ignore[call-overload]
+        block = tuple(fields.pop("block"))  # type: ignore[arg-type]
+        try:
+            return cls(grid, block, **fields)  # type: ignore[arg-type]
+        except TypeError as e:
+            raise ValueError(f"spec: {e}") from None
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one linear is quantized: its weight, and its input if that is quantized too."""
+
+    weight: QSpec
+    input: QSpec | None = None
+
+    def with_group(self, group_size: int) -> Scheme:
+        """The same scheme with another group size (-1: one scale for each output channel)."""
+        return replace(self, weight=replace(self.weight, block=(1, group_size)))
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-ready description."""
+        return {"weight": self.weight.to_dict(), "input": self.input.to_dict() if self.input else None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> Scheme:
+        """The inverse of `to_dict`."""
+        if unknown := set(data) - {"weight", "input"}:
+            raise ValueError(f"scheme: unknown keys {sorted(unknown)}; use 'weight' and 'input'")
+        weight, x = data["weight"], data.get("input")
+        return cls(
+            QSpec.from_dict(weight),  # type: ignore[arg-type]
+            QSpec.from_dict(x) if x is not None else None,  # type: ignore[arg-type]
+        )
+
+
+PRESETS = {
+    "INT8": "W8A8",
+    "FP8": Scheme(QSpec(E4M3, (-1, -1)), QSpec(E4M3, (-1, -1))),
+    "FP8_DYNAMIC": Scheme(QSpec(E4M3, (1, -1)), QSpec(E4M3, (1, -1), dynamic=True)),
+    "FP8_E5M2": Scheme(QSpec(E5M2, (-1, -1)), QSpec(E5M2, (-1, -1))),
+    "FP8_E5M2_DYNAMIC": Scheme(QSpec(E5M2, (1, -1)), QSpec(E5M2, (1, -1), dynamic=True)),
+    "W4AFP8": Scheme(QSpec(Int(4), (1, GROUP)), QSpec(E4M3, (1, -1), dynamic=True)),
+}
+_NAME = re.compile(
+    r"W(?P<w>\d+)A(?P<a>\d+)(?P<flags>(?:_(?:ASYM|STATIC|STATIC_ASYM|TENSOR|CHANNEL|G\d+))*)", re.IGNORECASE
+)
+
+
+def parse_scheme(name: str) -> Scheme:
+    """The scheme that a name stands for.
+
+    `W<bits>A<bits>`: weights of 1 to 8 bits, activations of 2 to 8, or 16 for float. Weights of 8 bits with quantized
+    activations have a scale per output channel; other widths below 8 have groups of 128. Activations have a dynamic
+    scale per token. Suffixes: `_ASYM` (weights with zero points), `_STATIC` (per-tensor activation scales from
+    calibration), `_STATIC_ASYM` (those with a zero point), `_G<size>`, `_CHANNEL`, `_TENSOR` (the weight's block).
+
+    Raises:
+        RecipeError: the name is not one of these.
+    """
+    key = name.upper()
+    preset = PRESETS.get(key)
+    if isinstance(preset, Scheme):
+        return preset
+    match = _NAME.fullmatch(preset or key)
+    if match is None:
+        raise RecipeError(
+            f"recipe: unknown scheme {name!r}; use W<bits>A<bits> (W8A8, W8A8_STATIC, W4A16, W4A16_ASYM, W4A16_G64, "
+            f"W3A16, W8A16, W4A8 ...) or one of {', '.join(PRESETS)}"
+        )
+    w, a = int(match["w"]), int(match["a"])
+    flags = match["flags"].upper()
+    if not 1 <= w <= 8:
+        raise RecipeError(f"recipe: scheme {name!r} asks for weights of {w} bits; use 1 to 8")
+    if not (2 <= a <= 8 or a == 16):
+        raise RecipeError(f"recipe: scheme {name!r} asks for activations of {a} bits; use 2 to 8, or 16")
+    static = "_STATIC" in flags
+    asym_input = "_STATIC_ASYM" in flags
+    asym_weight = "_ASYM" in flags.replace("_STATIC_ASYM", "")
+    if static and a == 16:
+        raise RecipeError(f"recipe: scheme {name!r} is static but keeps float activations; drop '_STATIC'")
+    if group := re.search(r"_G(\d+)", flags):
+        block = (1, int(group[1]))
+    elif "_TENSOR" in flags:
+        block = (-1, -1)
+    else:
+        block = (1, -1) if "_CHANNEL" in flags or w == 8 else (1, GROUP)
+    if block[1] == 0:
+        raise RecipeError(f"recipe: scheme {name!r} has a group of 0; use a positive group size")
+    grid = Int(w, signed=not asym_weight, narrow=w == 8 and not asym_weight)
+    weight = QSpec(grid, block, symmetric=not asym_weight)
+    if a == 16:
+        return Scheme(weight)
+    x_grid = Int(a, signed=not asym_input, narrow=not asym_input)
+    x_block = (-1, -1) if static else (1, -1)
+    return Scheme(weight, QSpec(x_grid, x_block, symmetric=not asym_input, dynamic=not static))
+
+
+def scheme_from(value: str | Mapping[str, object] | Scheme | None) -> Scheme | None:
+    """A scheme from a name, from {"preset": name, "group_size": n}, from `Scheme.to_dict`'s form, or None (keep float)."""
+    if value is None or isinstance(value, Scheme):
+        return value
+    if isinstance(value, str):
+        return parse_scheme(value)
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"recipe: a scheme is a name, a mapping, or null, not {value!r}")
+    if "preset" in value:
+        if unknown := set(value) - {"preset", "group_size"}:
+            raise RecipeError(f"recipe: unknown scheme keys {sorted(unknown)}; use 'preset' and 'group_size'")
+        scheme = parse_scheme(str(value["preset"]))
+        group = value.get("group_size")
+        return scheme if group is None else scheme.with_group(int(group))  # type: ignore[call-overload]
+    try:
+        return Scheme.from_dict(value)
+    except (KeyError, ValueError, TypeError) as e:
+        raise RecipeError(f"recipe: bad scheme {dict(value)!r}: {e}") from None
+
+
+def scheme_label(scheme: Scheme) -> str:
+    """A short name for tables: the shortest name of the grammar that stands for this scheme, or a description."""
+    for name, preset in PRESETS.items():
+        if preset == scheme:
+            return name
+    for base in (f"W{scheme.weight.grid.bits}A{scheme.input.grid.bits if scheme.input else 16}",):
+        size = scheme.weight.block[1]
+        for weight in ("", "_ASYM"):
+            for block in ("", "_CHANNEL", "_TENSOR", *((f"_G{size}",) if size > 0 else ())):
+                for x in ("", "_STATIC", "_STATIC_ASYM"):
+                    if x and scheme.input is None:
+                        continue
+                    name = base + weight + block + x
+                    if parse_scheme(name) == scheme:
+                        return name
+    return f"{scheme.weight.grid}/{scheme.weight.block} x {scheme.input.grid if scheme.input else 'float'}"

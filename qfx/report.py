@@ -1,0 +1,153 @@
+"""Tables of a report, for terminals and logs. The data are `qfx.core.report`'s."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from qfx.core.report import Layer, Report
+
+WORST = 10
+"""Layers that are listed unless all are asked for."""
+EXAMPLES = 3
+"""Places that are named for each reason of a miss."""
+
+
+def render(report: Report, verbose: bool = False) -> Group:
+    """The report as tables; empty ones are left out.
+
+    Args:
+        report: what to show.
+        verbose: list every layer, fold and miss, not only the worst and some examples.
+    """
+    tables = [
+        _sizes(report),
+        _steps(report),
+        _folds(report, verbose),
+        _misses(report, verbose),
+        _layers(report, verbose),
+    ]
+    warnings = [Text(f"warning: {text}", style="yellow") for text in report.warnings]
+    spaced = [item for table in tables if table.row_count for item in (Text(), table)]
+    return Group(Text(report.headline(), style="bold"), *warnings, *spaced)
+
+
+def text(report: Report, width: int = 110, verbose: bool = False) -> str:
+    """The same as plain text, no wider than `width` columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(render(report, verbose))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose columns named with a leading ">" hold numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        number = column.startswith(">")
+        table.add_column(
+            column.lstrip(">"),
+            justify="right" if number else "left",
+            no_wrap=number,
+            overflow="fold",
+        )
+    return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    table.add_row(*(Text(cell) for cell in cells))  # Text: "[h, 3, d]" is a name, not markup
+
+
+def _sizes(report: Report) -> Table:
+    table = _table("Model", "model", ">before", ">after", ">ratio", ">seconds")
+    before, after = report.bytes_before, report.bytes_after
+    ratio = f"{before / after:.2f} ×" if after else "-"
+    _row(table, report.model, _bytes(before), _bytes(after), ratio, f"{report.seconds:.1f}")
+    return table
+
+
+def _steps(report: Report) -> Table:
+    table = _table("Steps", "step", "settings", ">changed", ">seconds", "notes")
+    for step in report.steps:
+        settings = ", ".join(f"{name}={value}" for name, value in step.settings.items())
+        notes = "; ".join(step.notes)
+        _row(table, step.name, settings, str(step.changed), f"{step.seconds:.1f}", notes)
+    return table
+
+
+def _folds(report: Report, verbose: bool) -> Table:
+    if verbose:
+        table = _table("Folds", "site", "kind", "map", "step", "readers", ">error")
+        for fold in report.folds:
+            kind = f"{fold.kind} (online)" if fold.online else fold.kind
+            readers = ", ".join(fold.readers)
+            _row(table, fold.site, kind, fold.map, fold.step, readers, f"{fold.error:.1e}")
+        return table
+    table = _table("Folds", "kind", ">count", "maps", "steps", ">worst error")
+    for kind, folds in report.folds_by_kind().items():
+        maps = ", ".join(sorted({fold.map for fold in folds}))
+        steps = ", ".join(sorted({fold.step for fold in folds}))
+        worst = max((fold.error for fold in folds), key=_badness)
+        _row(table, kind, str(len(folds)), maps, steps, f"{worst:.1e}")
+    return table
+
+
+def _misses(report: Report, verbose: bool) -> Table:
+    table = _table("Misses", "reason", ">count", ">of weights", "where")
+    for why, misses in report.misses_by_reason().items():
+        places = list(dict.fromkeys(miss.where for miss in misses))
+        shown = places if verbose else places[:EXAMPLES]
+        more = f", and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
+        weights = sum(miss.weights for miss in misses)
+        share = _percent(weights / report.linear_weights) if report.linear_weights else "-"
+        _row(table, why, str(len(misses)), share, ", ".join(shown) + more)
+    return table
+
+
+def _layers(report: Report, verbose: bool) -> Table:
+    layers = report.layers
+    if not verbose:
+        measured = [layer for layer in layers if layer.error is not None]
+        layers = sorted(measured, key=lambda layer: -_badness(layer.error))[:WORST]
+    every = len(layers) == len(report.layers)
+    title = "Layers" if every else f"Layers: the worst {len(layers)} of {len(report.layers)}"
+    columns = ("layer", "scheme", "shape", "solver", ">bits", ">error", "op", "note")
+    table = _table(title, *columns)
+    for layer in layers:
+        _row(table, *_cells(layer))
+    return table
+
+
+def _cells(layer: Layer) -> tuple[str, ...]:
+    return (
+        layer.name,
+        layer.scheme or "float",
+        " × ".join(str(size) for size in layer.shape),
+        layer.solver or "-",
+        f"{layer.bits:.2f}" if layer.bits else "-",
+        "-" if layer.error is None else _percent(layer.error),
+        layer.op or "-",
+        layer.note,
+    )
+
+
+def _badness(error: float | None) -> float:
+    """Sorts NaN above all numbers: it is the worst error."""
+    return math.inf if error is None or math.isnan(error) else error
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
