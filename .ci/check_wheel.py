@@ -26,9 +26,7 @@ def main(wheel: str) -> None:
         found = {name for name in archive.namelist() if not name.endswith("/")}
     wanted = expected()
     problems = [f"missing: {name}" for name in sorted(wanted - found)]
-    problems += [
-        f"unexpected: {name}" for name in sorted(found - wanted) if ".dist-info/" not in name
-    ]
+    problems += [f"unexpected: {name}" for name in sorted(found - wanted) if ".dist-info/" not in name]
     if problems:
         sys.exit(f"{wheel}: check `packages` in pyproject.toml\n  " + "\n  ".join(problems))
     print(f"{wheel}: {len(wanted)} files, none missing")

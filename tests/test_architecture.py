@@ -17,9 +17,7 @@ FAMILIES = (
     "llama mistral mixtral bert roberta qwen gemma falcon bloom deepseek olmo granite persimmon "
     "whisper starcoder stablelm internlm baichuan chatglm"
 )
-ARCHITECTURE = re.compile(
-    rf"({'|'.join(FAMILIES.split())})[a-z]*|opt|gpt|phi|mpt|glm"
-)  # whole words
+ARCHITECTURE = re.compile(rf"({'|'.join(FAMILIES.split())})[a-z]*|opt|gpt|phi|mpt|glm")  # whole words
 
 
 def sources(*folders: str) -> list[Path]:
@@ -80,9 +78,7 @@ def forbidden_import(module: str, name: str) -> str | None:
 
 def violations(path: str, source: str) -> list[str]:
     tree, module = ast.parse(source), installed_name(path)
-    found = [
-        f"imports {n}: {why}" for n in imports(tree, path) if (why := forbidden_import(module, n))
-    ]
+    found = [f"imports {n}: {why}" for n in imports(tree, path) if (why := forbidden_import(module, n))]
     said = words(tree) | {module}
     found += [f"uses {text}: no hooks as control flow" for text in said if HOOKS.search(text)]
     found += [f"uses {text}: private" for text in said if re.search(r"\b_inductor\b", text)]

@@ -50,12 +50,38 @@ def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:
         x, weight = args[0], operand(graph, args[1])
         axes = ((0,), (2,), (1,)) if weight and len(weight.dims) == 3 else None
     if weight is None:
-        return None
+        name = _only_parameters(graph, _weight_argument(node))
+        return Miss(name, f"{_short(target)} takes a computed part of it, which no view covers") if name else None
     if not isinstance(x, fx.Node) or operand(graph, x) is not None:
         return None
     if axes is None or len(weight.dims) not in (2, 3):
-        return Miss(weight.name, f"{target} takes the parameter in {len(weight.dims)} dimensions", weights=0)
+        return Miss(weight.name, f"{_short(target)} takes the parameter in {len(weight.dims)} dimensions", weights=0)
     return _linear(graph, node, x, weight, axes, bias)
+
+
+def _weight_argument(node: fx.Node) -> object:
+    target = node.target
+    if target in (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default):
+        return node.args[1]
+    return node.args[2] if target in (aten.addmm.default, aten.baddbmm.default) else None
+
+
+def _only_parameters(graph: Graph, value: object) -> str | None:
+    """The name of a matrix of weights that a value is computed from, if from nothing else."""
+    names, queue = [], [value]
+    while queue:
+        node = queue.pop()
+        if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_function") or len(names) > 4:
+            return None
+        if node.op == "get_attr":
+            names.append(str(node.target))
+        queue += node.all_input_nodes
+    found = [n for n in names if graph.is_parameter(n) and graph.attr(n).dim() > 1]
+    return found[0] if found else None
+
+
+def _short(target: object) -> str:
+    return str(getattr(target, "__name__", target)).split(".")[0]
 
 
 def _matmul_axes(weight: Operand | None) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:

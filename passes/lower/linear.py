@@ -82,15 +82,17 @@ class QLinear(nn.Module):
         self.scheme, self.dtype = scheme, dtype
         self.op = choose_op(scheme, in_features, g_idx)
         stored = empty_store(scheme.weight, (out_features, in_features), g_idx, device)
-        for key, name in _BUFFERS.items():
-            self.register_buffer(name, stored[key])
+        buffers = {name: stored[key] for key, name in _BUFFERS.items()}
         x = scheme.input
         static, asymmetric = x is not None and not x.dynamic, x is not None and not x.symmetric
-        scale = torch.ones((), dtype=torch.float32, device=device) if static else None
-        zero = torch.zeros((), dtype=torch.int32, device=device) if static and asymmetric else None
-        self.register_buffer("input_scale", scale)
-        self.register_buffer("input_zero", zero)
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        buffers["input_scale"] = torch.ones((), dtype=torch.float32, device=device) if static else None
+        buffers["input_zero"] = torch.zeros((), dtype=torch.int32, device=device) if static and asymmetric else None
+        buffers["bias"] = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        for name, buffer in buffers.items():
+            if buffer is None:  # no buffer: torch.export miscounts those of its root that are None
+                setattr(self, name, None)
+            else:
+                self.register_buffer(name, buffer)
         grid = scheme.weight.grid
         self._bits, self._signed = grid.bits, isinstance(grid, Int) and grid.signed
         self._x_grid = grid_name(x.grid) if x else ""
@@ -147,11 +149,11 @@ class QLinear(nn.Module):
         for key, value, kind in (("input_scale", input_scale, torch.float32), ("input_zero", input_zero, torch.int32)):
             values[key] = None if value is None else torch.as_tensor(value).to(device, kind).reshape(())
         for key, value in values.items():
-            expected = module._buffers[key]
+            expected = getattr(module, key)
             got, want = (None if t is None else tuple(t.shape) for t in (value, expected))
             if got != want:
                 raise KernelError(f"lower: {key} has shape {got}; a linear of {scheme_label(scheme)} takes {want}")
-            module._buffers[key] = None if value is None else value.detach()
+            setattr(module, key, None if value is None else value.detach())
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,7 +182,7 @@ class QLinear(nn.Module):
 
     def qtensor(self) -> QTensor:
         """The weight as it was given to `from_qtensor`."""
-        stored = {key: self._buffers[name] for key, name in _BUFFERS.items()}
+        stored = {key: getattr(self, name) for key, name in _BUFFERS.items()}
         return restore(stored, self.scheme.weight, self.in_features)
 
     def extra_repr(self) -> str:
@@ -189,7 +191,7 @@ class QLinear(nn.Module):
         return f"{size}, scheme={scheme_label(self.scheme)}, op={self.op}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
-        kept = {id(b) for name, b in self._buffers.items() if b is not None and name != "bias"}
+        kept = {id(b) for name, b in self._buffers.items() if name != "bias"}
         # what fn does to the dtype of a float tensor, without a tensor to lose
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
         super()._apply(lambda t: apply_to_bits(fn, t) if id(t) in kept else fn(t), recurse)

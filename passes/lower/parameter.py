@@ -48,8 +48,8 @@ def quantize_parameter(
 ) -> None:
     """Replaces a parameter by its codes; `module.<name>` gives the dequantized weight from then on.
 
-    The buffers are `<name>_codes`, `<name>_scale` and, or None, `<name>_zero`, `<name>_g_idx`, `<name>_input_scale`
-    and `<name>_input_zero`, as in `QLinear`.
+    The buffers are `<name>_codes`, `<name>_scale` and, where they exist, `<name>_zero`, `<name>_g_idx`,
+    `<name>_input_scale` and `<name>_input_zero`, as in `QLinear`.
 
     Args:
         module: it keeps its identity, its class gets a subclass of the same name.
@@ -63,34 +63,43 @@ def quantize_parameter(
     Raises:
         KernelError: module, qtensor, scheme and layout do not fit together.
     """
-    if qtensor.spec != scheme.weight:
-        raise KernelError(f"lower: {name!r} has a weight of {qtensor.spec}; the scheme says {scheme.weight}")
+    shape = _canonical_shape(module, name, layout)
+    if qtensor.spec != scheme.weight or tuple(qtensor.codes.shape) != shape:
+        got, want = (qtensor.spec, tuple(qtensor.codes.shape)), (scheme.weight, shape)
+        raise KernelError(f"lower: {name!r} got a weight of {got}; scheme, parameter and layout say {want}")
     device = qtensor.codes.device
     values = store(qtensor)
     for key, value, kind in (("input_scale", input_scale, torch.float32), ("input_zero", input_zero, torch.int32)):
         values[key] = None if value is None else torch.as_tensor(value).to(device, kind).reshape(())
-    _replace(module, name, tuple(qtensor.codes.shape), values, scheme, layout)
+    _replace(module, name, shape, values, scheme, layout)
 
 
 def empty_parameter(
     module: nn.Module, name: str, scheme: Scheme, layout: tuple[int, ...], *, g_idx: bool = False
 ) -> None:
     """The same with codes 0 and scales 1, on the parameter's device: a saved `state_dict` loads into it."""
-    parameter = module.get_parameter(name)
-    shape = tuple(parameter.shape[layout.index(i)] for i in range(parameter.dim()))
-    values = empty_store(scheme.weight, shape, g_idx, parameter.device)
+    shape, device = _canonical_shape(module, name, layout), module.get_parameter(name).device
+    values = empty_store(scheme.weight, shape, g_idx, device)
     x = scheme.input
     if x is not None and not x.dynamic:
-        values["input_scale"] = torch.ones((), dtype=torch.float32, device=parameter.device)
+        values["input_scale"] = torch.ones((), dtype=torch.float32, device=device)
         if not x.symmetric:
-            values["input_zero"] = torch.zeros((), dtype=torch.int32, device=parameter.device)
+            values["input_zero"] = torch.zeros((), dtype=torch.int32, device=device)
     _replace(module, name, shape, values, scheme, layout)
 
 
 def parameter_qtensor(module: nn.Module, name: str) -> QTensor:
     """The canonical weight behind a quantized parameter."""
     slot: Slot = module._slots[name]  # type: ignore[assignment,index]
-    return restore({key: module._buffers[f"{name}_{key}"] for key in _STORED}, slot.scheme.weight, slot.columns)
+    return restore({key: module._buffers.get(f"{name}_{key}") for key in _STORED}, slot.scheme.weight, slot.columns)
+
+
+def _canonical_shape(module: nn.Module, name: str, layout: tuple[int, ...]) -> tuple[int, ...]:
+    parameter = module._parameters.get(name)
+    if parameter is None or sorted(layout) != list(range(parameter.dim())):
+        has = "none" if parameter is None else f"one of {tuple(parameter.shape)}"
+        raise KernelError(f"lower: no parameter {name!r} with layout {layout} in {type(module).__name__}; it has {has}")
+    return tuple(parameter.shape[layout.index(i)] for i in range(parameter.dim()))
 
 
 def _replace(
@@ -101,11 +110,6 @@ def _replace(
     scheme: Scheme,
     layout: tuple[int, ...],
 ) -> None:
-    parameter = module._parameters.get(name)
-    if parameter is None:
-        raise KernelError(f"lower: {type(module).__name__} has no parameter {name!r}; nothing is replaced")
-    if sorted(layout) != list(range(len(shape))) or tuple(shape[i] for i in layout) != tuple(parameter.shape):
-        raise KernelError(f"lower: layout {layout} takes {shape} to no {tuple(parameter.shape)}; fix it for {name!r}")
     x = scheme.input
     if x is not None and (reason := supports_input(x)):
         raise KernelError(f"lower: {name!r} has {reason}")
@@ -114,13 +118,14 @@ def _replace(
         raise KernelError(f"lower: {name!r} needs an input scale if, and only if, its input is static")
     if (static and x is not None and not x.symmetric) != (values.get("input_zero") is not None):
         raise KernelError(f"lower: {name!r} needs an input zero if, and only if, its input is static and asymmetric")
+    dtype = module.get_parameter(name).dtype
     del module._parameters[name]
     for key in (*_STORED, "input_scale", "input_zero"):
-        value = values.get(key)
-        module.register_buffer(f"{name}_{key}", None if value is None else value.detach())
+        if (value := values.get(key)) is not None:
+            module.register_buffer(f"{name}_{key}", value.detach())
     if not isinstance(module, _Quantized):
         module._slots = {}
-    module._slots[name] = Slot(scheme, tuple(layout), shape[-1], parameter.dtype)  # type: ignore[index]
+    module._slots[name] = Slot(scheme, tuple(layout), shape[-1], dtype)  # type: ignore[index]
     module.__class__ = _subclass(type(module), name)
 
 
@@ -130,11 +135,11 @@ class _Quantized:
     _slots: dict[str, Slot]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        buffers: dict[str, Tensor | None] = self._buffers  # type: ignore[attr-defined]
-        names = [f"{name}_{key}" for name in self._slots for key in (*_STORED, "input_scale", "input_zero")]
-        kept = {id(buffers[name]) for name in names if buffers[name] is not None}
+        buffers: dict[str, Tensor] = self._buffers  # type: ignore[attr-defined]
+        names = {f"{name}_{key}" for name in self._slots for key in (*_STORED, "input_scale", "input_zero")}
+        kept = {id(buffer) for name, buffer in buffers.items() if name in names}
         for name, slot in self._slots.items():
-            device = buffers[f"{name}_codes"].device  # type: ignore[union-attr]
+            device = buffers[f"{name}_codes"].device
             slot.dtype = fn(torch.empty(0, dtype=slot.dtype, device=device)).dtype
         return super()._apply(lambda t: apply_to_bits(fn, t) if id(t) in kept else fn(t), recurse)  # type: ignore[misc]
 
@@ -151,32 +156,21 @@ def _read(module: Any, name: str) -> Tensor:
     slot, buffers = module._slots[name], module._buffers
     grid, x = slot.scheme.weight.grid, slot.scheme.input
     signed = isinstance(grid, Int) and grid.signed
-    stored = [buffers[f"{name}_{key}"] for key in _STORED]
+    stored = [buffers.get(f"{name}_{key}") for key in _STORED]
     weight = dequantize(*stored, bits=grid.bits, columns=slot.columns, signed=signed)
     weight = weight.to(slot.dtype).permute(slot.layout).contiguous()
     if x is None:
         return weight
-    return _tag(weight, (name, x, buffers[f"{name}_input_scale"], buffers[f"{name}_input_zero"]))
+    return _tag(weight, (name, x, buffers.get(f"{name}_input_scale"), buffers.get(f"{name}_input_zero")))
 
 
 Input = tuple[str, QSpec, Tensor | None, Tensor | None]
 """Whose input it is, its spec, and the scale and zero point if that is static."""
 
-# where the two operands of a product stand: position of the first, and their names if they come by keyword
-_PRODUCTS: dict[Any, tuple[int, tuple[str, str]]] = {
-    F.linear: (0, ("input", "weight")),
-    torch.matmul: (0, ("input", "other")),
-    Tensor.matmul: (0, ("input", "other")),
-    Tensor.__matmul__: (0, ("input", "other")),
-    torch.mm: (0, ("input", "mat2")),
-    Tensor.mm: (0, ("input", "mat2")),
-    torch.bmm: (0, ("input", "mat2")),
-    Tensor.bmm: (0, ("input", "mat2")),
-    torch.addmm: (1, ("mat1", "mat2")),
-    torch.baddbmm: (1, ("batch1", "batch2")),
-    torch._grouped_mm: (0, ("self", "mat2")),
-    F.grouped_mm: (0, ("mat_a", "mat_b")),
-}
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
+_GROUPED = (torch._grouped_mm, F.grouped_mm)
+_START = {F.linear: 0, torch.addmm: 1, torch.baddbmm: 1} | dict.fromkeys((*_MATMULS, *_GROUPED), 0)
+"""The products, and the position of the first of their two operands."""
 
 
 class QuantizingWeight(torch.Tensor):
@@ -187,14 +181,14 @@ class QuantizingWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Products give plain tensors; any other op with a float tensor beside the weight raises KernelError."""
-        args, kwargs = list(args), dict(kwargs or {})
+        args, kwargs = list(args), kwargs or {}
         flat = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, (tuple, list)) else (a,))]
         of = next(t.input for t in flat if isinstance(t, QuantizingWeight))
         with torch._C.DisableTorchFunctionSubclass():  # what follows sees, and gives, plain tensors
             if func is torch.einsum:
                 return torch.einsum(args[0], _quantize_einsum(args, of))
-            if (product := _product(func)) is not None:
-                _quantize_operand(args, kwargs, product, of, last=func is F.linear)
+            if (start := _start(func)) is not None:
+                args[start : start + 2] = _quantize_operand(args[start : start + 2], func, of)
                 return func(*args, **kwargs)
             out = func(*args, **kwargs)
             if func is Tensor.as_subclass:
@@ -209,34 +203,41 @@ class QuantizingWeight(torch.Tensor):
 
 
 def _tag(weight: Tensor, of: Input) -> Tensor:
-    tagged = weight.as_subclass(QuantizingWeight)
-    tagged.input = of
-    return tagged
+    if not isinstance(weight, QuantizingWeight):
+        if type(weight) is Tensor or torch.compiler.is_dynamo_compiling():
+            weight = weight.as_subclass(QuantizingWeight)
+        else:  # the tensor of a tracer (non-strict torch.export) is of a subclass, which no view changes
+            weight.__class__ = _traced(type(weight))
+    weight.input = of  # type: ignore[attr-defined]
+    return weight
 
 
-def _product(func: Any) -> tuple[int, tuple[str, str]] | None:
+@functools.cache
+def _traced(base: type) -> type:
+    return type(base.__name__, (QuantizingWeight, base), {})
+
+
+def _start(func: Any) -> int | None:
     # registered when transformers is imported, which may be later than this file
     grouped = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    if grouped is not None and func in (grouped, grouped.default):
-        return 0, ("input", "weight")
-    return _PRODUCTS.get(func)
+    return 0 if grouped is not None and func in (grouped, grouped.default) else _START.get(func)
 
 
 def _refuse_if(refused: bool, func: Any, of: Input) -> None:
     if refused:
         what = getattr(func, "__name__", func)
-        raise KernelError(f"lower: the input of {of[0]!r} cannot be quantized in {what}; keep that input float")
+        raise KernelError(f"lower: the input of {of[0]!r} cannot be quantized in this {what}; keep that input float")
 
 
-def _quantize_operand(args: list, kwargs: dict, product: tuple[int, tuple[str, str]], of: Input, last: bool) -> None:
-    """Quantizes the operand that is not the weight, in place of `args` or `kwargs`, along the contracted dim."""
-    start, names = product
-    places: list[tuple[Any, Any]] = [(args, start + i) if start + i < len(args) else (kwargs, names[i]) for i in (0, 1)]
-    ours = [isinstance(where[key], QuantizingWeight) for where, key in places]
-    _refuse_if(sum(ours) != 1, "a product of it with nothing else, or with itself", of)
-    where, key = places[ours.index(False)]
-    x = where[key]
-    where[key] = _quantize(x, of, (-2,) if ours[0] and not last and x.dim() > 1 else (-1,))
+def _quantize_operand(operands: list[Tensor], func: Any, of: Input) -> list[Tensor]:
+    """Quantizes the operand that is not the weight along the contracted dim."""
+    ours = [isinstance(t, QuantizingWeight) for t in operands]
+    _refuse_if(len(ours) != 2 or sum(ours) != 1, func, of)
+    i = ours.index(False)
+    x = operands[i]
+    contracted = -2 if i == 1 and x.dim() > 1 and func is not F.linear else -1
+    operands[i] = _quantize(x, of, (contracted,))
+    return operands
 
 
 def _quantize_einsum(args: list, of: Input) -> list[Tensor]:
@@ -244,7 +245,7 @@ def _quantize_einsum(args: list, of: Input) -> list[Tensor]:
     operands = list(args[1]) if isinstance(args[1], (tuple, list)) else args[1:]
     subscripts = equation.split("->")[0].split(",")
     ours = [isinstance(t, QuantizingWeight) for t in operands]
-    _refuse_if(len(operands) != 2 or sum(ours) != 1 or "->" not in equation or "." in equation, torch.einsum, of)
+    _refuse_if(len(ours) != 2 or sum(ours) != 1 or "->" not in equation or "." in equation, torch.einsum, of)
     i, output = ours.index(False), equation.split("->")[1]
     dims = tuple(k for k, c in enumerate(subscripts[i]) if c in subscripts[1 - i] and c not in output)
     _refuse_if(not dims, torch.einsum, of)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qfx.core.errors import CalibrationError
-from qfx.core.histograms import Histogram, Percentile
+from qfx.core.histograms import FACTORS, Histogram, Percentile, clip
 from qfx.core.qtensor import fake_quantize, scale_from_range
 from qfx.core.ranges import AverageRange, MovingAverage, activation_range
 from qfx.core.samples import Inputs, TokenExtremes
@@ -96,6 +96,16 @@ def test_clipping_leaves_uniform_data_alone(spec: QSpec) -> None:
     width = stat.value().edges.diff()[0].item()
     # half a step more is inside: what lies there rounds to the last code with no greater error
     assert 1 - hi < width + 1 / 255 and 1 + lo < width + 1 / 255
+
+
+def test_moving_one_end_never_loses_what_both_gained() -> None:
+    spec = parse_scheme("W4A3_STATIC_ASYM").input
+    for seed in range(30):  # few points and few codes: the error is jagged
+        x = torch.randn(6, generator=torch.Generator().manual_seed(seed))
+        lo, hi = min(x.min().item(), 0.0), max(x.max().item(), 0.0)
+        found = error(x, *clip(x, torch.ones(6, dtype=torch.float64), lo, hi, spec), spec)
+        both = min(error(x, lo * share, hi * share, spec) for share in FACTORS)
+        assert found <= both * (1 + 1e-6)
 
 
 def test_clipping_an_offset_range_moves_one_end() -> None:

@@ -1,0 +1,200 @@
+"""What every rounding method shares: gather what it needs of the inputs, round layer by layer, and record the result.
+
+Sequential solving walks the blocks: each is measured on the inputs that the already quantized blocks before it give. With
+`true_sequential` the layers of a block that read the same value are solved together, in execution order, and the block is
+measured again before the next ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from qfx.core.linear import Linear
+from qfx.core.passes import Result, Solved, State
+from qfx.core.qtensor import QTensor, scale_from_range
+from qfx.core.ranges import activation_range
+from qfx.core.report import Layer
+from qfx.core.simulate import FakeQuantize, quantize_input
+from qfx.core.spec import Scheme, scheme_label
+from qfx.core.statistic import Statistic
+from qfx.core.stats import Hessian, MinMax
+from qfx.core.sweep import Sweep, segment_of
+
+Round = Callable[[Tensor, Scheme, Tensor | None], tuple[QTensor, str]]
+"""(weight `[out, in]`, scheme, Hessian `[in, in]` or None) -> the quantized weight and a remark."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the driver walks.
+
+    Attributes:
+        solver: the method's name.
+        hessian: the method needs the Hessian of each input.
+        sequential: measure each block behind the quantized ones before it.
+        true_sequential: also within a block.
+        observe: makes the statistic that sets a static input's range.
+    """
+
+    solver: str
+    hessian: bool
+    sequential: bool = False
+    true_sequential: bool = False
+    observe: Callable[[], Statistic] = MinMax
+
+
+@torch.no_grad()
+def solve_layers(state: State, plan: Plan, round_: Round) -> Result:
+    """Rounds every layer of the plan, in place, and fills `state.solved`."""
+    result = Result()
+    by_weight: dict[str, list[Linear]] = {}
+    for linear in state.linears:
+        if linear.weight in state.plan and linear.weight not in state.solved:
+            by_weight.setdefault(linear.weight, []).append(linear)
+    static = {w for w in by_weight if (x := state.plan[w].input) and not x.dynamic and w not in state.ranges}
+    if not (plan.hessian or static or plan.sequential):
+        for i, (weight, linears) in enumerate(by_weight.items()):
+            state.progress(plan.solver, i, len(by_weight))
+            _solve(state, plan, weight, linears, round_, None, None, result)
+        state.progress(plan.solver, len(by_weight), len(by_weight))
+        return result
+    sweep = Sweep(state.graph, state.batches)
+    position = segment_of(state.graph)
+    last = {w: max(position[lin.node] for lin in linears) for w, linears in by_weight.items()}
+    kept: dict[str, list[dict[type, Statistic]]] = {}
+    total = len(sweep.segments)
+    while not sweep.done():
+        here = [lin for ls in by_weight.values() for lin in ls if position[lin.node] == sweep.index]
+        waves = _waves(state, here) if plan.true_sequential else [here]
+        ready: list[str] = []
+        for wave in waves:
+            state.progress(plan.solver, sweep.index, total)
+            measured = _measure(sweep, plan, wave, static)
+            for linear in wave:
+                kept.setdefault(linear.weight, []).append(measured[linear.node])
+            ready += dict.fromkeys(lin.weight for lin in wave if last[lin.weight] == sweep.index)
+            if plan.sequential:
+                _solve_ready(state, plan, ready, by_weight, round_, kept, result)
+        if not plan.sequential:  # the blocks ahead must still see this one in float
+            sweep.advance()
+        _solve_ready(state, plan, ready, by_weight, round_, kept, result)
+        if plan.sequential:
+            sweep.advance()
+        position = segment_of(state.graph)
+    state.progress(plan.solver, total, total)
+    return result
+
+
+def _waves(state: State, linears: Sequence[Linear]) -> list[list[Linear]]:
+    """Layers that read the same value, in the order in which the values are computed."""
+    order = {n: i for i, n in enumerate(state.graph.nodes)}
+    waves: dict[fx.Node, list[Linear]] = {}
+    for linear in sorted(linears, key=lambda lin: order[lin.x]):
+        waves.setdefault(linear.x, []).append(linear)
+    return list(waves.values())
+
+
+def _measure(
+    sweep: Sweep, plan: Plan, wave: Sequence[Linear], static: set[str]
+) -> dict[fx.Node, dict[type, Statistic]]:
+    wanted: dict[fx.Node, dict[type, Statistic]] = {}
+    for linear in wave:
+        found = wanted.setdefault(linear.x, {})
+        if plan.hessian:
+            found.setdefault(Hessian, Hessian())
+        if linear.weight in static:
+            found.setdefault(MinMax, plan.observe())
+    sweep.observe({x: list(found.values()) for x, found in wanted.items() if found})
+    return {linear.node: wanted[linear.x] for linear in wave}
+
+
+def _solve_ready(  # noqa: PLR0913
+    state: State,
+    plan: Plan,
+    ready: list[str],
+    by_weight: dict[str, list[Linear]],
+    round_: Round,
+    kept: dict[str, list[dict[type, Statistic]]],
+    result: Result,
+) -> None:
+    while ready:
+        weight = ready.pop(0)
+        merged: dict[type, Statistic] = {}
+        for found in kept.pop(weight):
+            for kind, statistic in found.items():
+                if kind not in merged:
+                    merged[kind] = statistic
+                elif merged[kind] is not statistic:
+                    merged[kind].merge(statistic)
+        hessian = merged.get(Hessian)
+        value = hessian.value() if hessian is not None else None
+        _solve(state, plan, weight, by_weight[weight], round_, value, merged.get(MinMax), result)
+
+
+def _solve(  # noqa: PLR0913
+    state: State,
+    plan: Plan,
+    weight: str,
+    linears: list[Linear],
+    round_: Round,
+    hessian: Tensor | None,
+    observed: Statistic | None,
+    result: Result,
+) -> None:
+    graph, linear, scheme = state.graph, linears[0], state.plan[weight]
+    w = linear.read(graph)
+    if linear.experts:
+        parts = [round_(part, scheme, hessian) for part in w]
+        qtensor, notes = _stack([p[0] for p in parts]), sorted({p[1] for p in parts if p[1]})
+    else:
+        qtensor, note = round_(w, scheme, hessian)
+        notes = [note] if note else []
+    scheme = Scheme(qtensor.spec, scheme.input)
+    solved = Solved(qtensor, scheme, linears)
+    if scheme.input is not None and not scheme.input.dynamic:
+        if weight in state.ranges:
+            lo, hi = (torch.tensor(v) for v in state.ranges[weight])
+        else:
+            assert observed is not None
+            lo, hi = activation_range(observed, scheme.input)
+        solved.input_scale, solved.input_zero = scale_from_range(lo, hi, scheme.input)
+    q = qtensor.dequantize()
+    error = relative_error(w, q, hessian)
+    linear.write(graph, q.to(w.dtype))
+    if scheme.input is not None:
+        for use in linears:
+            quantize_input(graph, use, FakeQuantize(scheme.input, solved.input_scale, solved.input_zero))
+    state.solved[weight] = solved
+    result.changed += 1
+    state.report.layers.append(
+        Layer(
+            linear.name,
+            scheme_label(scheme),
+            list(w.shape),
+            plan.solver,
+            error,
+            qtensor.bits_per_weight,
+            note="; ".join(notes),
+        )
+    )
+
+
+def relative_error(w: Tensor, q: Tensor, hessian: Tensor | None) -> float:
+    """Root of the squared error of the layer's outputs over their squares; of the weights if there is no Hessian."""
+    w = w.float()
+    e = w - q.to(w.device)
+    if hessian is None:
+        return (e.norm() / w.norm().clamp_min(1e-20)).item()
+    h = hessian.to(e)
+    lost, whole = ((e @ h) * e).sum(), ((w @ h) * w).sum()
+    return (lost / whole.clamp_min(1e-20)).clamp_min(0).sqrt().item()
+
+
+def _stack(parts: Sequence[QTensor]) -> QTensor:
+    first = parts[0]
+    zero = None if first.zero is None else torch.stack([p.zero for p in parts])  # type: ignore[misc]
+    return QTensor(torch.stack([p.codes for p in parts]), torch.stack([p.scale for p in parts]), zero, first.spec)
