@@ -108,12 +108,18 @@ int8_linear.register_autograd(_backward, setup_context=_setup)
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of int8 `[m, k]` and `[n, k]` as int32 `[m, n]`, exactly, on any device."""
-    (m, k), n = a.shape, b.shape[0]
+    m, n = a.shape[0], b.shape[0]
     if m == 0 or not _int_mm_is_exact(a.device):
         return _chunked_matmul(a, b)
-    if a.device.type == "cuda":  # cuBLAS wants more than 16 rows, and multiples of 8
-        a, b = F.pad(a, (0, -k % 8, 0, max(0, 32 - m))), F.pad(b, (0, -k % 8, 0, -n % 8))
+    if a.device.type == "cuda":
+        a, b = _pad(a, b)
     return torch._int_mm(a.contiguous(), b.contiguous().t())[:m, :n]
+
+
+def _pad(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """With zeros to what cuBLAS takes: more than 16 rows, and multiples of 8."""
+    (m, k), n = a.shape, b.shape[0]
+    return F.pad(a, (0, -k % 8, 0, max(0, 32 - m))), F.pad(b, (0, -k % 8, 0, -n % 8))
 
 
 def _chunked_matmul(a: Tensor, b: Tensor) -> Tensor:

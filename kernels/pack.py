@@ -19,7 +19,9 @@ from qfx.core.grid import Int
 from qfx.core.qtensor import QTensor
 from qfx.core.spec import QSpec
 
-CASES = [(bits, (3, columns)) for bits in range(1, 9) for columns in (1, 7, 8, 33, 64)]
+CASES: list[tuple[int, tuple[int, ...]]] = [
+    (bits, (3, columns)) for bits in range(1, 9) for columns in (1, 7, 8, 33, 64)
+]
 CASES += [(4, (2, 3, 13)), (3, (2, 3, 13)), (5, (0, 9)), (8, (5, 24))]
 """(bits, shape of the codes)."""
 

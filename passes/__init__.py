@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from qfx.passes.calibrate.calibrate import Calibrate
-from qfx.passes.solve.steps import Gptq, Rtn
+from qfx.passes.solve.gptq import Gptq
+from qfx.passes.solve.rtn import Rtn
 from qfx.passes.transform.outlier_suppression import OutlierSuppression
 from qfx.passes.transform.outlier_suppression_plus import OutlierSuppressionPlus
 from qfx.passes.transform.smoothquant import SmoothQuant

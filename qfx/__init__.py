@@ -6,16 +6,36 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .core.spec import QSpec, Scheme
+    from .explanation import explain
     from .quantize import quantize
     from .recipes import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["QSpec", "Recipe", "Scheme", "quantize"]
-_HOMES = {"quantize": "quantize", "Recipe": "recipes", "Scheme": "core.spec", "QSpec": "core.spec"}
+__all__ = ["QSpec", "Recipe", "Scheme", "explain", "quantize"]
+_HOMES = {
+    "explain": "explanation",
+    "quantize": "quantize",
+    "Recipe": "recipes",
+    "Scheme": "core.spec",
+    "QSpec": "core.spec",
+}
+
+
+class _Package(ModuleType):
+    """Keeps public names what they are: an import of the module `qfx.quantize` would put it over the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from ._build import blank_copy, build, describe_class
+from ._folder import describe_files, open_folder, staged
+from ._manifest import CONFIG, FORMAT, GENERATION, REPORT, Manifest, ModelEntry, one_line
+from ._shards import load_shards, plan_shards, write_shards
+from ._tree import describe, named_tensors, rebuild, restore_derived
+from .core.errors import PackageError, RecipeError
 from .core.report import Report
 from .recipes import Recipe
 
@@ -21,3 +40,196 @@ class Quantized:
     report: Report
     recipe: Recipe
     example: dict[str, list[int]]
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = True,
+    max_shard_size: int | str = "4GB",
+) -> None:
+    """Saves a model that `quantize` gave, as it is now, in a folder that `load` reads.
+
+    The folder appears when it is whole; until then, and if anything fails, the target stays as it was. Buffers that
+    `state_dict` leaves out are not saved: the class makes them anew.
+
+    Args:
+        model: any model with `.qfx`.
+        folder: where to. What is there is replaced if `save` wrote it.
+        tokenizer: anything with `save_pretrained`, or the path of a folder to copy the tokenizer's files from.
+        overwrite: False raises if there is a saved model.
+        max_shard_size: the largest size of a file of tensors, in bytes or as "4GB".
+
+    Raises:
+        PackageError: the model cannot be saved, or not there; in one line.
+    """
+    try:
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        info = getattr(model, "qfx", None)
+        if not isinstance(info, Quantized):
+            raise PackageError(f"this {type(model).__name__} has no .qfx; give the model that qfx.quantize returned")
+        tree = describe(model)
+        tensors = tree.pop("tensors")
+        manifest = Manifest(
+            **tree,
+            format=FORMAT,
+            versions=_versions(),
+            model=describe_class(model),
+            tensors=plan_shards(tensors, max_shard_size),
+            recipe=info.recipe.to_dict(),
+            example=info.example,
+            files={},
+        )
+        with staged(Path(folder), overwrite) as made:
+            _write_tokenizer(made, tokenizer)
+            _write_configs(made, model)
+            if manifest.model.transformers:
+                manifest = manifest.model_copy(update={"model": _rehearse(made, manifest, model)})
+            (made / REPORT).write_text(info.report.to_json() + "\n", encoding="utf-8")
+            write_shards(made, tensors, manifest.tensors)
+            manifest.model_copy(update={"files": describe_files(made)}).write(made)
+    except PackageError as e:
+        raise PackageError(f"save: {folder}: {e}") from e.__cause__
+    except (OSError, SafetensorError) as e:
+        why = e.strerror if isinstance(e, OSError) and e.strerror else one_line(e)
+        raise PackageError(f"save: {folder}: {why}; what was there is as it was") from e
+
+
+def load(
+    folder: str | Path,
+    model: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    verify: bool = True,
+    attn_implementation: str | None = None,
+) -> nn.Module:
+    """Loads what `save` wrote: the same model, in evaluation mode, with `.qfx`.
+
+    Args:
+        folder: where from.
+        model: a float instance of the model's class, with any weights, for classes that are not in transformers. It is not
+            changed.
+        device: where to put the tensors.
+        verify: compare the hash of every file (sizes are always compared).
+        attn_implementation: instead of the one that the model had, for models of transformers.
+
+    Raises:
+        PackageError: the folder is not whole, or the model does not fit; in one line.
+    """
+    path = Path(folder)
+    try:
+        place = _device(device)
+        manifest = open_folder(path, verify)
+        name, hub = manifest.model.qualname, manifest.model.transformers
+        report = _report(path)
+        if model is not None:
+            fresh = blank_copy(model, manifest.model)
+        elif hub is not None:
+            fresh = build(path, manifest.model, hub.dtype, attn_implementation)
+        else:
+            raise PackageError(f"{manifest.model.module}.{name} is not a class of transformers; pass model={name}(...)")
+        if attn_implementation and (model is not None or hub is None):
+            raise PackageError("attn_implementation is set where the model is built; drop it, or drop model=")
+        names = _names(fresh)
+        rebuild(fresh, manifest)
+        load_shards(fresh, path, manifest, place)
+        if differ := restore_derived(fresh, manifest):
+            which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
+            warnings.warn(
+                f"load: {folder}: buffers that {name} makes by itself differ from the saved model's ({which}); outputs may "
+                "differ, check versions and settings",
+                stacklevel=2,
+            )
+        fresh.to(place)
+        if model is None and GENERATION in manifest.files:
+            fresh.generation_config = type(fresh.generation_config).from_pretrained(path)  # type: ignore[union-attr]
+    except PackageError as e:
+        raise PackageError(f"load: {folder}: {e}") from e.__cause__
+    attach(fresh, Quantized(report, _recipe(manifest), manifest.example), names)
+    return fresh.eval()
+
+
+def attach(model: nn.Module, info: Quantized, float_names: set[str]) -> None:
+    """Hangs `.qfx` on a model; `float_names` are those of the `state_dict` that its class makes.
+
+    If the model has other names now, transformers would save it, and load random weights for what it does not find: its
+    `save_pretrained` says so instead.
+    """
+    model.qfx = info  # type: ignore[assignment]
+    if hasattr(model, "save_pretrained") and _names(model) != float_names:
+        model.save_pretrained = _no_save_pretrained  # type: ignore[assignment]
+
+
+def _no_save_pretrained(*_: Any, **__: Any) -> NoReturn:
+    raise PackageError(
+        "save_pretrained: transformers would load this quantized model with random weights; use qfx.save(model, folder)"
+    )
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {found.name for found in named_tensors(model) if found.stored}
+
+
+def _rehearse(made: Path, manifest: Manifest, model: nn.Module) -> ModelEntry:
+    """Builds the model as `load` will, before gigabytes are written that could not be loaded; finds the dtype to build in."""
+    hub = manifest.model.transformers
+    assert hub is not None
+    for dtype in dict.fromkeys((torch.float32, model.dtype)):
+        fresh = build(made, manifest.model, dtype)  # type: ignore[arg-type]
+        rebuild(fresh, manifest)
+        if not restore_derived(fresh, manifest):
+            return manifest.model.model_copy(update={"transformers": hub.model_copy(update={"dtype": dtype})})
+    return manifest.model
+
+
+def _write_configs(made: Path, model: nn.Module) -> None:
+    if hasattr(config := getattr(model, "config", None), "to_json_file"):
+        config = copy.deepcopy(config)
+        config.architectures = [type(model).__name__]
+        config.to_json_file(made / CONFIG)
+    if hasattr(generation := getattr(model, "generation_config", None), "to_json_file"):
+        generation.to_json_file(made / GENERATION)
+
+
+def _write_tokenizer(made: Path, tokenizer: Any) -> None:
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(made)
+    elif tokenizer is not None:
+        source = Path(tokenizer)
+        patterns = ("*token*.json", "*token*.model", "vocab*", "merges*.txt", "*.jinja", "*processor_config.json")
+        found = {p for pattern in (*patterns, "sentencepiece*.model", "spiece.model") for p in source.glob(pattern)}
+        if not found:
+            raise PackageError(f"{source} has no files of a tokenizer; pass the tokenizer itself")
+        for path in found:
+            shutil.copyfile(path, made / path.name)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found["qfx"] = sys.modules["qfx"].__version__
+    if "transformers" in sys.modules:
+        found["transformers"] = importlib.metadata.version("transformers")
+    return found
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise PackageError(f"the device {str(device)!r} is not there ({one_line(e)}); choose another") from None
+
+
+def _report(path: Path) -> Report:
+    try:
+        return Report.from_json((path / REPORT).read_text(encoding="utf-8"))
+    except (ValueError, json.JSONDecodeError) as e:
+        raise PackageError(f"{REPORT} is not a report ({one_line(e)}); save the model again") from None
+
+
+def _recipe(manifest: Manifest) -> Recipe:
+    try:
+        return Recipe.from_dict(manifest.recipe)
+    except RecipeError as e:
+        raise PackageError(f"the recipe in qfx.json: {one_line(e)}") from None

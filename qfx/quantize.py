@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -114,9 +115,7 @@ def discover(
     report.versions = {"torch": torch.__version__, "python": platform.python_version(), **_version("transformers")}
     report.warnings += plan.notes
     report.misses += [Miss(m.where, m.why, "discover", odd_sizes[m.where]) for m in odd]
-    for miss in misses:
-        miss.step = "sites"
-    report.misses += misses
+    report.misses += [dataclasses.replace(m, step="sites") for m in misses]
     for linear in {lin.weight: lin for lin in linears}.values():
         if linear.weight not in plan.schemes:
             why = plan.floats.get(linear.weight, "no pattern matches it")
@@ -231,10 +230,10 @@ def _finish(state: State, original: nn.Module, reference: Sequence[list[Tensor]]
     if state.solved:
         simulated = [_floats(state.graph.run(b)) for b in state.batches[:1]]
         apart = max(relative_difference(a, _outputs(model, b)) for a, b in zip(simulated, state.batches, strict=False))
-        if apart > 0.05:
+        if apart > max(0.05, 0.2 * (report.output_error or 0)):
             report.warnings.append(
-                f"the quantized model differs from its reference graph by {apart:.2g}: some module may not run its layers "
-                "as the graph says"
+                f"the quantized model differs from its reference graph by {apart:.2g}: some module may not run its "
+                "layers as the graph says"
             )
 
 

@@ -37,11 +37,13 @@ class Recipe:
     ignore: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Adds the solver that schemes need."""
-        steps = tuple(self.steps)
-        if any(s is not None for s in self.schemes.values()) and not any(type(s) in SOLVERS for s in steps):
+        """Resolves names of schemes and steps, and adds the solver that schemes need."""
+        schemes = {k: scheme_from(s) for k, s in self.schemes.items()}
+        steps = tuple(_step(s) for s in self.steps)
+        if any(s is not None for s in schemes.values()) and not any(type(s) in SOLVERS for s in steps):
             steps += (METHODS["rtn"](),)
-        object.__setattr__(self, "steps", steps)
+        for name, value in (("schemes", schemes), ("steps", steps), ("ignore", tuple(self.ignore))):
+            object.__setattr__(self, name, value)
 
     @property
     def needs_data(self) -> bool:
@@ -67,10 +69,9 @@ class Recipe:
             raise RecipeError(f"recipe: 'schemes' maps patterns to schemes, not {schemes!r}")
         if isinstance(steps, str | Mapping) or not isinstance(steps, Sequence):
             raise RecipeError(f"recipe: 'steps' is a list, not {steps!r}")
-        if isinstance(ignore, str) or not all(isinstance(p, str) for p in ignore):
+        if not isinstance(ignore, list | tuple) or not all(isinstance(p, str) for p in ignore):
             raise RecipeError(f"recipe: 'ignore' is a list of patterns, not {ignore!r}")
-        resolved = {str(k): scheme_from(v) for k, v in schemes.items()}
-        return cls(resolved, tuple(_step(s) for s in steps), tuple(ignore))
+        return cls({str(k): scheme_from(v) for k, v in schemes.items()}, tuple(_step(s) for s in steps), tuple(ignore))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -96,6 +97,8 @@ class Recipe:
             return value
         if isinstance(value, Mapping):
             return cls.from_dict(value)
+        if not isinstance(value, str | Path):
+            raise RecipeError(f"recipe: a recipe is a preset's name, a YAML file, a mapping or a Recipe, not {value!r}")
         if str(value) in PRESETS:
             return PRESETS[str(value)]()
         if str(value).endswith((".yaml", ".yml")) or Path(value).is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -38,13 +38,18 @@ def render(report: Report, verbose: bool = False) -> Group:
 
 def text(report: Report, width: int = 110, verbose: bool = False) -> str:
     """The same as plain text, no wider than `width` columns."""
+    return plain(render(report, verbose), width)
+
+
+def plain(shown: RenderableType, width: int) -> str:
+    """What rich would show, without colours, no wider than `width` columns."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     with console.capture() as capture:
-        console.print(render(report, verbose))
+        console.print(shown)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     """A table whose columns named with a leading ">" hold numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
@@ -58,53 +63,54 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _row(table: Table, *cells: str) -> None:
-    table.add_row(*(Text(cell) for cell in cells))  # Text: "[h, 3, d]" is a name, not markup
+def add_row(table: Table, *cells: str) -> None:
+    """Adds cells as they are: "[h, 3, d]" is a name, not markup."""
+    table.add_row(*(Text(cell) for cell in cells))
 
 
 def _sizes(report: Report) -> Table:
-    table = _table("Model", "model", ">before", ">after", ">ratio", ">seconds")
+    table = new_table("Model", "model", ">before", ">after", ">ratio", ">seconds")
     before, after = report.bytes_before, report.bytes_after
     ratio = f"{before / after:.2f} ×" if after else "-"
-    _row(table, report.model, _bytes(before), _bytes(after), ratio, f"{report.seconds:.1f}")
+    add_row(table, report.model, _bytes(before), _bytes(after), ratio, f"{report.seconds:.1f}")
     return table
 
 
 def _steps(report: Report) -> Table:
-    table = _table("Steps", "step", "settings", ">changed", ">seconds", "notes")
+    table = new_table("Steps", "step", "settings", ">changed", ">seconds", "notes")
     for step in report.steps:
         settings = ", ".join(f"{name}={value}" for name, value in step.settings.items())
         notes = "; ".join(step.notes)
-        _row(table, step.name, settings, str(step.changed), f"{step.seconds:.1f}", notes)
+        add_row(table, step.name, settings, str(step.changed), f"{step.seconds:.1f}", notes)
     return table
 
 
 def _folds(report: Report, verbose: bool) -> Table:
     if verbose:
-        table = _table("Folds", "site", "kind", "map", "step", "readers", ">error")
+        table = new_table("Folds", "site", "kind", "map", "step", "readers", ">error")
         for fold in report.folds:
             kind = f"{fold.kind} (online)" if fold.online else fold.kind
             readers = ", ".join(fold.readers)
-            _row(table, fold.site, kind, fold.map, fold.step, readers, f"{fold.error:.1e}")
+            add_row(table, fold.site, kind, fold.map, fold.step, readers, f"{fold.error:.1e}")
         return table
-    table = _table("Folds", "kind", ">count", "maps", "steps", ">worst error")
+    table = new_table("Folds", "kind", ">count", "maps", "steps", ">worst error")
     for kind, folds in report.folds_by_kind().items():
         maps = ", ".join(sorted({fold.map for fold in folds}))
         steps = ", ".join(sorted({fold.step for fold in folds}))
         worst = max((fold.error for fold in folds), key=_badness)
-        _row(table, kind, str(len(folds)), maps, steps, f"{worst:.1e}")
+        add_row(table, kind, str(len(folds)), maps, steps, f"{worst:.1e}")
     return table
 
 
 def _misses(report: Report, verbose: bool) -> Table:
-    table = _table("Misses", "reason", ">count", ">of weights", "where")
+    table = new_table("Misses", "reason", ">count", ">of weights", "where")
     for why, misses in report.misses_by_reason().items():
         places = list(dict.fromkeys(miss.where for miss in misses))
         shown = places if verbose else places[:EXAMPLES]
         more = f", and {len(places) - len(shown)} more" if len(places) > len(shown) else ""
         weights = sum(miss.weights for miss in misses)
-        share = _percent(weights / report.linear_weights) if report.linear_weights else "-"
-        _row(table, why, str(len(misses)), share, ", ".join(shown) + more)
+        share = percent(weights / report.linear_weights) if report.linear_weights else "-"
+        add_row(table, why, str(len(misses)), share, ", ".join(shown) + more)
     return table
 
 
@@ -116,9 +122,9 @@ def _layers(report: Report, verbose: bool) -> Table:
     every = len(layers) == len(report.layers)
     title = "Layers" if every else f"Layers: the worst {len(layers)} of {len(report.layers)}"
     columns = ("layer", "scheme", "shape", "solver", ">bits", ">error", "op", "note")
-    table = _table(title, *columns)
+    table = new_table(title, *columns)
     for layer in layers:
-        _row(table, *_cells(layer))
+        add_row(table, *_cells(layer))
     return table
 
 
@@ -129,7 +135,7 @@ def _cells(layer: Layer) -> tuple[str, ...]:
         " × ".join(str(size) for size in layer.shape),
         layer.solver or "-",
         f"{layer.bits:.2f}" if layer.bits else "-",
-        "-" if layer.error is None else _percent(layer.error),
+        "-" if layer.error is None else percent(layer.error),
         layer.op or "-",
         layer.note,
     )
@@ -140,7 +146,8 @@ def _badness(error: float | None) -> float:
     return math.inf if error is None or math.isnan(error) else error
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share of 1 as percent, in three digits."""
     return f"{100 * share:.3g} %"
 
 

@@ -50,16 +50,21 @@ class Prober:
         self.nodes = graph.nodes
         self.by_node = {lin.node: lin for lin in linears}
         self.generator = torch.Generator().manual_seed(seed)
+        self.device = next((v.device for v in env.values() if isinstance(v, Tensor)), torch.device("cpu"))
         self._doubled: dict[fx.Node, Any] = {}
 
     def gaussian(self, node: fx.Node) -> Tensor:
         """Random values of the shape that the node had in the example."""
-        return torch.randn(self.env[node].shape, generator=self.generator, dtype=torch.float64)
+        return self.normal(self.env[node].shape)
+
+    def normal(self, *shape: Any) -> Tensor:
+        """Normal values in float64, the same on every device."""
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.device)
 
     def distinct_scales(self, n: int) -> Tensor:
         """n positive factors between 1/2 and 2 that differ from each other and from 1, in random order."""
         steps = torch.arange(n, dtype=torch.float64)[torch.randperm(n, generator=self.generator)]
-        return 2.0 ** (-1 + 2 * (steps + 0.382) / n)
+        return (2.0 ** (-1 + 2 * (steps + 0.382) / n)).to(self.device)
 
     def trace(self, start: fx.Node, plain: Tensor, mapped: Tensor, allowed: Tensor | None = None) -> Trace:
         """Runs from `start` to the readers with both values.

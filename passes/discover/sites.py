@@ -85,7 +85,7 @@ def _row_sets(prober: Prober, value: fx.Node) -> Iterator[tuple[int, ...]]:
     """The whole of a linear's rows, then each set of rows that pure data movement carries to some op, largest first."""
     total = prober.env[value].shape[-1]
     yield tuple(range(total))
-    ids = torch.randn(total, generator=prober.generator, dtype=torch.float64)
+    ids = prober.normal(total)
     table, order = ids.sort()
     moved: dict[fx.Node, Tensor] = {value: ids.expand(prober.env[value].shape)}
     found: set[tuple[int, ...]] = set()
@@ -135,7 +135,7 @@ def _site(graph: Graph, prober: Prober, value: fx.Node, writer: Writer) -> Site:
     scales = prober.distinct_scales(n)
     allowed = torch.cat([scales, scales.new_ones(1)]).sort().values
     trace = prober.trace(value, plain, _on_rows(plain, rows, lambda v: v * scales), allowed)
-    readers = tuple(Reader(lin, _index(lin, a, b, scales)) for lin, a, b in trace.readers)
+    readers = tuple(Reader(lin, _index(lin, a, b, scales).cpu()) for lin, a, b in trace.readers)
     for reader in readers:
         if uses := other_uses(graph, reader.linear.weight, reader.linear.node):
             raise Blocked(reader.linear.node, f"{reader.linear.weight} is also used by {', '.join(uses)}")
@@ -165,7 +165,7 @@ def _probe_signed(prober: Prober, site: Site, rows: Tensor) -> None:
 
 
 def _probe_shift(graph: Graph, prober: Prober, site: Site, rows: Tensor) -> None:
-    offsets = torch.randn(len(rows), generator=prober.generator, dtype=torch.float64)
+    offsets = prober.normal(len(rows))
     plain = prober.gaussian(site.value)
     try:
         trace = prober.trace(site.value, plain, _on_rows(plain, rows, lambda v: v - offsets))
@@ -217,7 +217,7 @@ def _expect(trace: Trace, site: Site, change) -> None:  # type: ignore[no-untype
     if len(trace.readers) != len(site.readers):
         raise Blocked(site.value, "the map changes which linears read it")
     for (linear, plain, mapped), reader in zip(trace.readers, site.readers, strict=True):
-        off = (mapped - change(plain, reader.index)).nan_to_num(0).abs().max()
+        off = (mapped - change(plain, reader.index.to(plain.device))).nan_to_num(0).abs().max()
         if off > TOLERANCE * plain.nan_to_num(0).abs().max().clamp_min(1):
             worst = trace.path[-1] if trace.path else site.value
             raise Blocked(worst, f"the map does not commute with the ops before {linear.name}")

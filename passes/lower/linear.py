@@ -66,6 +66,14 @@ class QLinear(nn.Module):
         KernelError: no op computes the scheme.
     """
 
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor | None
+    g_idx: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -141,8 +149,8 @@ class QLinear(nn.Module):
         if qtensor.spec != scheme.weight:
             raise KernelError(f"lower: a weight of {qtensor.spec} for a scheme of {scheme.weight}; use its own spec")
         out, columns = qtensor.codes.shape
-        form = {"bias": bias is not None, "g_idx": qtensor.g_idx is not None, "dtype": dtype}
-        module = cls.empty(columns, out, scheme, **form, device="meta")
+        g_idx = qtensor.g_idx is not None
+        module = cls.empty(columns, out, scheme, bias=bias is not None, g_idx=g_idx, dtype=dtype, device="meta")
         values = {_BUFFERS[key]: value for key, value in store(qtensor).items()}
         device = qtensor.codes.device
         values["bias"] = None if bias is None else bias.to(device, dtype, copy=True)
@@ -177,8 +185,8 @@ class QLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, float32 `[out, in]`."""
-        tensors = self.weight_codes, self.weight_scale, self.weight_zero, self.g_idx
-        return dequantize(*tensors, bits=self._bits, columns=self.in_features, signed=self._signed)
+        stored = self.weight_codes, self.weight_scale, self.weight_zero, self.g_idx
+        return dequantize(*stored, bits=self._bits, columns=self.in_features, signed=self._signed)
 
     def qtensor(self) -> QTensor:
         """The weight as it was given to `from_qtensor`."""

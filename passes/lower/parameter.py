@@ -90,7 +90,7 @@ def empty_parameter(
 
 def parameter_qtensor(module: nn.Module, name: str) -> QTensor:
     """The canonical weight behind a quantized parameter."""
-    slot: Slot = module._slots[name]  # type: ignore[assignment,index]
+    slot: Slot = module.__dict__["_slots"][name]
     return restore({key: module._buffers.get(f"{name}_{key}") for key in _STORED}, slot.scheme.weight, slot.columns)
 
 
@@ -123,10 +123,10 @@ def _replace(
     for key in (*_STORED, "input_scale", "input_zero"):
         if (value := values.get(key)) is not None:
             module.register_buffer(f"{name}_{key}", value.detach())
-    if not isinstance(module, _Quantized):
-        module._slots = {}
-    module._slots[name] = Slot(scheme, tuple(layout), shape[-1], dtype)  # type: ignore[index]
-    module.__class__ = _subclass(type(module), name)
+    slots: dict[str, Slot] = module.__dict__.setdefault("_slots", {})
+    slots[name] = Slot(scheme, tuple(layout), shape[-1], dtype)
+    kind: Any = type(module)
+    module.__class__ = _subclass(kind, name)
 
 
 class _Quantized:
@@ -145,7 +145,7 @@ class _Quantized:
 
 
 @functools.cache  # one class for all modules of a kind: torch.compile guards on the type
-def _subclass(base: type, name: str) -> type:
+def _subclass(base: Any, name: str) -> type:
     bases = (base,) if issubclass(base, _Quantized) else (_Quantized, base)
     body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, bases, {**body, name: property(lambda module: _read(module, name))})
@@ -191,15 +191,21 @@ class QuantizingWeight(torch.Tensor):
                 args[start : start + 2] = _quantize_operand(args[start : start + 2], func, of)
                 return func(*args, **kwargs)
             out = func(*args, **kwargs)
-            if func is Tensor.as_subclass:
+            outs = out if isinstance(out, (tuple, list)) else (out,)
+            if func is Tensor.as_subclass or not any(_is_float(t) for t in outs):
                 return out
-            floats = [t for t in flat if isinstance(t, Tensor) and t.is_floating_point()]
-            if isinstance(out, Tensor) and out.is_floating_point():
-                _refuse_if(func is F.embedding or not all(isinstance(t, QuantizingWeight) for t in floats), func, of)
-                return _tag(out, of)
-            if isinstance(out, (tuple, list)):
-                return type(out)(_tag(t, of) if isinstance(t, Tensor) else t for t in out)
-            return out
+            alike = all(isinstance(t, QuantizingWeight) and _alike(t.input, of) for t in flat if _is_float(t))
+            _refuse_if(func is F.embedding or not alike, func, of)
+            tagged = [_tag(t, of) if _is_float(t) else t for t in outs]
+            return type(out)(tagged) if isinstance(out, (tuple, list)) else tagged[0]
+
+
+def _is_float(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.is_floating_point()
+
+
+def _alike(a: Input, b: Input) -> bool:
+    return a[1] == b[1] and (a[2] is None or a[0] == b[0])
 
 
 def _tag(weight: Tensor, of: Input) -> Tensor:

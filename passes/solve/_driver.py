@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from qfx.core.errors import RecipeError
 from qfx.core.linear import Linear
 from qfx.core.passes import Result, Solved, State
 from qfx.core.qtensor import QTensor, scale_from_range
@@ -29,7 +30,7 @@ Round = Callable[[Tensor, Scheme, Tensor | None], tuple[QTensor, str]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Walk:
     """How the driver walks.
 
     Attributes:
@@ -37,30 +38,32 @@ class Plan:
         hessian: the method needs the Hessian of each input.
         sequential: measure each block behind the quantized ones before it.
         true_sequential: also within a block.
-        observe: makes the statistic that sets a static input's range.
+        group_size: overrides the schemes' group size.
     """
 
     solver: str
     hessian: bool
     sequential: bool = False
     true_sequential: bool = False
-    observe: Callable[[], Statistic] = MinMax
+    group_size: int | None = None
 
 
 @torch.no_grad()
-def solve_layers(state: State, plan: Plan, round_: Round) -> Result:
+def solve_layers(state: State, walk: Walk, round_: Round) -> Result:
     """Rounds every layer of the plan, in place, and fills `state.solved`."""
     result = Result()
+    if walk.group_size is not None:
+        _regroup(state, walk)
     by_weight: dict[str, list[Linear]] = {}
     for linear in state.linears:
         if linear.weight in state.plan and linear.weight not in state.solved:
             by_weight.setdefault(linear.weight, []).append(linear)
     static = {w for w in by_weight if (x := state.plan[w].input) and not x.dynamic and w not in state.ranges}
-    if not (plan.hessian or static or plan.sequential):
+    if not (walk.hessian or static or walk.sequential):
         for i, (weight, linears) in enumerate(by_weight.items()):
-            state.progress(plan.solver, i, len(by_weight))
-            _solve(state, plan, weight, linears, round_, None, None, result)
-        state.progress(plan.solver, len(by_weight), len(by_weight))
+            state.progress(walk.solver, i, len(by_weight))
+            _solve(state, walk, weight, linears, round_, None, None, result)
+        state.progress(walk.solver, len(by_weight), len(by_weight))
         return result
     sweep = Sweep(state.graph, state.batches)
     position = segment_of(state.graph)
@@ -69,24 +72,41 @@ def solve_layers(state: State, plan: Plan, round_: Round) -> Result:
     total = len(sweep.segments)
     while not sweep.done():
         here = [lin for ls in by_weight.values() for lin in ls if position[lin.node] == sweep.index]
-        waves = _waves(state, here) if plan.true_sequential else [here]
+        waves = _waves(state, here) if walk.true_sequential else [here]
         ready: list[str] = []
         for wave in waves:
-            state.progress(plan.solver, sweep.index, total)
-            measured = _measure(sweep, plan, wave, static)
+            state.progress(walk.solver, sweep.index, total)
+            measured = _measure(sweep, walk, wave, static)
             for linear in wave:
                 kept.setdefault(linear.weight, []).append(measured[linear.node])
             ready += dict.fromkeys(lin.weight for lin in wave if last[lin.weight] == sweep.index)
-            if plan.sequential:
-                _solve_ready(state, plan, ready, by_weight, round_, kept, result)
-        if not plan.sequential:  # the blocks ahead must still see this one in float
+            if walk.sequential:
+                _solve_ready(state, walk, ready, by_weight, round_, kept, result)
+        if not walk.sequential:  # the blocks ahead must still see this one in float
             sweep.advance()
-        _solve_ready(state, plan, ready, by_weight, round_, kept, result)
-        if plan.sequential:
+        _solve_ready(state, walk, ready, by_weight, round_, kept, result)
+        if walk.sequential:
             sweep.advance()
         position = segment_of(state.graph)
-    state.progress(plan.solver, total, total)
+    state.progress(walk.solver, total, total)
     return result
+
+
+def _regroup(state: State, walk: Walk) -> None:
+    """Replaces the group size of the plan's integer weights by the step's own."""
+    assert walk.group_size is not None
+    for linear in state.linears:
+        scheme = state.plan.get(linear.weight)
+        if scheme is None:
+            continue
+        try:
+            changed = scheme.with_group(walk.group_size)
+            changed.weight.groups(linear.shape(state.graph)[-1])
+        except ValueError as e:
+            raise RecipeError(
+                f"{walk.solver}: {linear.name}: {e}; choose another group_size, or ignore the layer"
+            ) from None
+        state.plan[linear.weight] = changed
 
 
 def _waves(state: State, linears: Sequence[Linear]) -> list[list[Linear]]:
@@ -99,22 +119,22 @@ def _waves(state: State, linears: Sequence[Linear]) -> list[list[Linear]]:
 
 
 def _measure(
-    sweep: Sweep, plan: Plan, wave: Sequence[Linear], static: set[str]
+    sweep: Sweep, walk: Walk, wave: Sequence[Linear], static: set[str]
 ) -> dict[fx.Node, dict[type, Statistic]]:
     wanted: dict[fx.Node, dict[type, Statistic]] = {}
     for linear in wave:
         found = wanted.setdefault(linear.x, {})
-        if plan.hessian:
+        if walk.hessian:
             found.setdefault(Hessian, Hessian())
         if linear.weight in static:
-            found.setdefault(MinMax, plan.observe())
+            found.setdefault(MinMax, MinMax())
     sweep.observe({x: list(found.values()) for x, found in wanted.items() if found})
     return {linear.node: wanted[linear.x] for linear in wave}
 
 
 def _solve_ready(  # noqa: PLR0913
     state: State,
-    plan: Plan,
+    walk: Walk,
     ready: list[str],
     by_weight: dict[str, list[Linear]],
     round_: Round,
@@ -132,12 +152,12 @@ def _solve_ready(  # noqa: PLR0913
                     merged[kind].merge(statistic)
         hessian = merged.get(Hessian)
         value = hessian.value() if hessian is not None else None
-        _solve(state, plan, weight, by_weight[weight], round_, value, merged.get(MinMax), result)
+        _solve(state, walk, weight, by_weight[weight], round_, value, merged.get(MinMax), result)
 
 
 def _solve(  # noqa: PLR0913
     state: State,
-    plan: Plan,
+    walk: Walk,
     weight: str,
     linears: list[Linear],
     round_: Round,
@@ -175,7 +195,7 @@ def _solve(  # noqa: PLR0913
             linear.name,
             scheme_label(scheme),
             list(w.shape),
-            plan.solver,
+            walk.solver,
             error,
             qtensor.bits_per_weight,
             note="; ".join(notes),

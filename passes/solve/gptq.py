@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qfx.core.errors import SolverError
+from qfx.core.errors import RecipeError, SolverError
+from qfx.core.passes import Result, State
 from qfx.core.qtensor import QTensor, encode, fake_quantize
-from qfx.core.spec import QSpec
+from qfx.core.spec import QSpec, Scheme
+from qfx.passes.solve._driver import Walk, solve_layers
 from qfx.passes.solve._obs import Factor, exact_matmul, prepare
 from qfx.passes.solve._ranges import check_finite, weight_range
 
@@ -193,3 +196,76 @@ def _plain_loss(error: Tensor, hessian: Tensor) -> float:
     """`tr(E H E^T)` in float64."""
     error, hessian = error.double(), hessian.double()
     return float(((error @ hessian) * error).sum())
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """The step `gptq`.
+
+    Args:
+        group_size: overrides the group size of the layers' schemes; -1 is one scale for each channel.
+        act_order: round the columns of the largest inputs first.
+        static_groups: fix the groups' ranges beforehand; false with act_order stores a `g_idx`.
+        damp: what is added to H's diagonal, as a part of its mean; doubled until the factor exists, and reported.
+        block_size: columns whose updates are gathered; changes the time, not the result.
+        clip: how ranges are chosen, as in `rtn`.
+        keep_better: keep round-to-nearest for a layer where its loss is lower.
+        sequential: measure each block behind the quantized ones before it.
+        true_sequential: also within a block, layer after layer.
+    """
+
+    group_size: int | None = None
+    act_order: bool = False
+    static_groups: bool = True
+    damp: float = 0.01
+    block_size: int = 128
+    clip: Literal["minmax", "mse", "output"] = "minmax"
+    keep_better: bool = False
+    sequential: bool = True
+    true_sequential: bool = True
+    name = "gptq"
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        if not 0 < self.damp < 1:
+            raise RecipeError(
+                f"gptq: damp is {self.damp}; use a part of the mean diagonal between 0 and 1, such as 0.01"
+            )
+        if self.block_size < 1:
+            raise RecipeError(f"gptq: block_size is {self.block_size}; use 1 or more")
+
+    def __call__(self, state: State) -> Result:
+        """Rounds every layer of the plan; layers that read one input share its factor."""
+        shared: list[tuple[Tensor, Factor]] = []
+
+        def round_(w: Tensor, scheme: Scheme, hessian: Tensor | None) -> tuple[QTensor, str]:
+            assert hessian is not None
+            if not shared or shared[0][0] is not hessian:
+                shared[:] = [(hessian, prepare(hessian, damp=self.damp, act_order=self.act_order))]
+            qtensor, report = gptq(
+                w,
+                scheme.weight,
+                hessian,
+                factor=shared[0][1],
+                block_size=self.block_size,
+                act_order=self.act_order,
+                static_groups=self.static_groups,
+                clip=self.clip,
+                keep_better=self.keep_better,
+            )
+            return qtensor, _remark(report, self.damp)
+
+        walk = Walk("gptq", True, self.sequential, self.true_sequential, self.group_size)
+        return solve_layers(state, walk, round_)
+
+
+def _remark(report: GptqReport, damp: float) -> str:
+    notes = [report.fallback] if report.fallback else []
+    if report.damp > damp:
+        notes.append(f"damping raised to {report.damp:g}")
+    if report.guard:
+        notes.append("kept round-to-nearest, whose loss was lower")
+    if report.dead:
+        notes.append(f"{report.dead} inputs were never active")
+    return "; ".join(notes)

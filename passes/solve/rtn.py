@@ -6,11 +6,16 @@ Nothing here needs data, except `clip="output"`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from qfx.core.passes import Result, State
 from qfx.core.qtensor import QTensor, encode
-from qfx.core.spec import QSpec
+from qfx.core.spec import QSpec, Scheme
+from qfx.passes.solve._driver import Walk, solve_layers
 from qfx.passes.solve._ranges import weight_range
 
 
@@ -48,3 +53,30 @@ def rtn(
     importance = None if hessian is None else hessian.diagonal(dim1=-2, dim2=-1)
     scale, zero = weight_range(w, spec, importance, clip=clip, norm=norm, grid=grid, maxshrink=maxshrink)
     return encode(w, scale, zero, spec)
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """The step `rtn`.
+
+    Args:
+        clip: how the range of a block is chosen: `minmax`, `mse`, or `output` (which needs data).
+        group_size: overrides the group size of the layers' schemes; -1 is one scale for each channel.
+    """
+
+    clip: Literal["minmax", "mse", "output"] = "minmax"
+    group_size: int | None = None
+    name = "rtn"
+
+    @property
+    def needs_data(self) -> bool:
+        """Output clipping weighs errors by the inputs."""
+        return self.clip == "output"
+
+    def __call__(self, state: State) -> Result:
+        """Rounds every layer of the plan."""
+
+        def round_(w: Tensor, scheme: Scheme, hessian: Tensor | None) -> tuple[QTensor, str]:
+            return rtn(w, scheme.weight, hessian, clip=self.clip), ""
+
+        return solve_layers(state, Walk("rtn", self.needs_data, group_size=self.group_size), round_)

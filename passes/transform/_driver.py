@@ -6,6 +6,7 @@ A method is a `choose(site, stats, trial)` that returns maps, or the reason for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,8 +68,7 @@ def fold_sites(
             for site in here:
                 chosen = choose(site, seen, trial)
                 if isinstance(chosen, Miss):
-                    chosen.step = step
-                    result.misses.append(chosen)
+                    result.misses.append(replace(chosen, step=step))
                     continue
                 _fold_one(state, step, site, chosen, sweep, checked, through, before, result, prepare)
                 trial.forget()

@@ -57,6 +57,10 @@ class OutlierSuppression:
         if not (0 < self.step <= self.width < 1) or self.batches < 1:
             raise RecipeError("outlier_suppression: need 0 < step <= width < 1 and batches >= 1")
 
+    def wanted(self, state: State) -> list[Site]:
+        """The sites whose gain it migrates."""
+        return wanted_sites(state, {"norm"}) if self.migrate else []
+
     def __call__(self, state: State) -> Result:
         """Folds the gains away, then sets `state.ranges`."""
         result = Result()
@@ -71,7 +75,7 @@ class OutlierSuppression:
                     return Miss(site.name, f"some gains are negative, and {site.why_not.get('SignedDiagonal')}")
                 return [Diagonal(1 / gamma)]
 
-            result = fold_sites(state, self.name, wanted_sites(state, {"norm"}), list, choose)
+            result = fold_sites(state, self.name, self.wanted(state), list, choose)
         if self.clip:
             self._clip(state, result)
         return result

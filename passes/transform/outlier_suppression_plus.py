@@ -52,9 +52,13 @@ class OutlierSuppressionPlus:
         if self.steps < 2:
             raise RecipeError(f"outlier_suppression_plus: steps is {self.steps}; use 2 or more")
 
+    def wanted(self, state: State) -> list[Site]:
+        """The sites that it takes."""
+        kinds = {"norm"} | ({"value"} if self.value else set()) | ({"inner"} if self.inner else set())
+        return wanted_sites(state, kinds)
+
     def __call__(self, state: State) -> Result:
         """Folds shift and scale into every site whose readers will be quantized."""
-        kinds = {"norm"} | ({"value"} if self.value else set()) | ({"inner"} if self.inner else set())
         shifted = 0
 
         def choose(site: Site, stats: Stats, trial: Trial) -> Sequence[Map] | Miss:
@@ -74,7 +78,7 @@ class OutlierSuppressionPlus:
                 return None
             return add_shift(graph, site, state.linears)
 
-        result = fold_sites(state, self.name, wanted_sites(state, kinds), lambda: [MinMax()], choose, prepare=prepare)
+        result = fold_sites(state, self.name, self.wanted(state), lambda: [MinMax()], choose, prepare=prepare)
         result.notes.append(f"shifted {shifted} sites")
         return result
 

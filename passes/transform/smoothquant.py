@@ -48,9 +48,13 @@ class SmoothQuant:
         if not ok:
             raise RecipeError(f"smoothquant: alpha is {self.alpha!r}; use a number from 0 to 1, or 'search'")
 
+    def wanted(self, state: State) -> list[Site]:
+        """The sites that it takes."""
+        kinds = {"norm"} | ({"value"} if self.smooth_o else set()) | ({"inner"} if self.smooth_down else set())
+        return wanted_sites(state, kinds)
+
     def __call__(self, state: State) -> Result:
         """Folds a scale into every site whose readers will be quantized."""
-        kinds = {"norm"} | ({"value"} if self.smooth_o else set()) | ({"inner"} if self.smooth_down else set())
         found: dict[float, int] = {}
 
         def choose(site: Site, stats: Stats, trial: Trial) -> Sequence[Map] | Miss:
@@ -63,7 +67,7 @@ class SmoothQuant:
             found[best] = found.get(best, 0) + 1
             return [Diagonal(1 / smooth_scale(x, w, best))]
 
-        result = fold_sites(state, self.name, wanted_sites(state, kinds), lambda: [AbsMax()], choose)
+        result = fold_sites(state, self.name, self.wanted(state), lambda: [AbsMax()], choose)
         if found:
             result.notes.append("alpha: " + ", ".join(f"{a} at {n} sites" for a, n in sorted(found.items())))
         return result

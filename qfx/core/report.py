@@ -7,6 +7,7 @@ a summary in plain lines; `qfx.report` renders tables.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
@@ -163,8 +164,8 @@ class Report:
         return _grouped(self.folds, lambda fold: f"{fold.kind} (online)" if fold.online else fold.kind)
 
     def misses_by_reason(self) -> dict[str, list[Miss]]:
-        """Misses of each reason, the reason that costs the most weights first."""
-        groups = _grouped(self.misses, lambda miss: miss.why)
+        """Misses of each reason (`general`), the reason that costs the most weights first."""
+        groups = _grouped(self.misses, lambda miss: general(miss.why))
         cost = {why: sum(miss.weights for miss in group) for why, group in groups.items()}
         return dict(sorted(groups.items(), key=lambda item: (-cost[item[0]], -len(item[1]))))
 
@@ -227,6 +228,16 @@ class Report:
         if not isinstance(data, dict):
             raise ValueError(f"report: a report is a JSON object, not {type(data).__name__}")
         return cls.from_dict(data)
+
+
+def general(text: str) -> str:
+    """A name or a reason with `*` for the numbers of blocks and without those of nodes.
+
+    What is the same in each of a model's blocks then reads the same: "layers.3.up: 'pow' at pow_2" becomes
+    "layers.*.up: 'pow' at pow".
+    """
+    text = re.sub(r"( at [a-z]\w*?)_\d+\b", r"\1", text)
+    return re.sub(r"\b[A-Za-z_]\w*(\.\w+)+", lambda path: re.sub(r"\.\d+(?=\.|$)", ".*", path[0]), text)
 
 
 def _build(cls: type[T], data: Any, where: str) -> T:

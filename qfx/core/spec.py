@@ -176,10 +176,18 @@ def scheme_from(value: str | Mapping[str, object] | Scheme | None) -> Scheme | N
             raise RecipeError(f"recipe: unknown scheme keys {sorted(unknown)}; use 'preset' and 'group_size'")
         scheme = parse_scheme(str(value["preset"]))
         group = value.get("group_size")
-        return scheme if group is None else scheme.with_group(int(group))  # type: ignore[call-overload]
+        if group is None:
+            return scheme
+        if not isinstance(group, int) or isinstance(group, bool) or not (group > 0 or group == -1):
+            raise RecipeError(f"recipe: group_size is {group!r}; use a positive number, or -1 for a scale per channel")
+        return scheme.with_group(group)
     try:
         return Scheme.from_dict(value)
-    except (KeyError, ValueError, TypeError) as e:
+    except KeyError as e:
+        raise RecipeError(
+            f"recipe: scheme {dict(value)!r} lacks {e}; write its name, or 'preset', or 'weight'"
+        ) from None
+    except (ValueError, TypeError) as e:
         raise RecipeError(f"recipe: bad scheme {dict(value)!r}: {e}") from None
 
 

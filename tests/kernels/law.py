@@ -39,6 +39,12 @@ class Case:
     scheme: Scheme
     static: tuple[Tensor | None, Tensor | None] = (None, None)
 
+    def to(self, device: str) -> Case:
+        """The same case on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        scale, zero = (None if t is None else t.to(device) for t in self.static)
+        return Case(self.x.to(device), self.weight.to(device), bias, self.scheme, (scale, zero))
+
     @property
     def codes(self) -> Tensor:
         """The codes as ops take them."""

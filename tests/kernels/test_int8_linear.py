@@ -68,6 +68,15 @@ def test_integers_are_exact(m: int, n: int, k: int, matmul) -> None:
     assert torch.equal(matmul(a, b), (a.double() @ b.double().t()).to(torch.int32))
 
 
+def test_padding_for_cublas() -> None:
+    for m, n, k in ((1, 5, 9), (16, 8, 8), (40, 17, 41)):
+        a = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+        b = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        x, y = module._pad(a, b)
+        assert x.shape[0] > 16 and not x.shape[1] % 8 and not y.shape[0] % 8 and x.shape[1] == y.shape[1]
+        assert torch.equal(_chunked_matmul(x, y)[:m, :n], _chunked_matmul(a, b))
+
+
 def test_without_int_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case((5,), 1100, 9, "W8A8_STATIC_ASYM")
     fast = run(case)

@@ -207,6 +207,7 @@ class Products(nn.Module):
             "mm": lambda: torch.mm(x, self.w.contiguous()),
             "addmm": lambda: torch.addmm(torch.zeros(10), x, self.w.to(x.dtype)),
             "linear": lambda: F.linear(x, self.w.T),
+            "cat": lambda: F.linear(x, torch.cat([self.w.T[:3], self.w.T[3:]])),
             "halves": lambda: torch.cat([F.linear(x, half) for half in self.w.T.chunk(2)], -1),
             "view": lambda: x @ self.w.view(24, 2, 5).flatten(1),
             "einsum": lambda: torch.einsum("ti, io -> to", x, self.w),
@@ -217,7 +218,7 @@ class Products(nn.Module):
         }[how]()
 
 
-HOWS = ("matmul", "weight first", "mm", "addmm", "linear", "halves", "view", "einsum", "weight first 1-D")
+HOWS = ("matmul", "weight first", "mm", "addmm", "linear", "halves", "cat", "view", "einsum", "weight first 1-D")
 BATCHED = ("einsum bmm", "bmm", "baddbmm", "select")
 
 
@@ -258,6 +259,11 @@ def test_what_cannot_be_quantized_is_refused() -> None:
     ):
         with pytest.raises(KernelError, match="'w' cannot be quantized in this"):
             call(module.w)
+    other = Products()
+    static = parse_scheme("W8A8_STATIC")
+    quantize_parameter(other, "w", quantize_weight(other.w.t(), static.weight), static, (1, 0), **static_of(static))
+    with pytest.raises(KernelError, match="cannot be quantized in this cat"):
+        torch.cat([module.w, other.w])
     # what asks about the weight, or takes it as a plain tensor, goes on working
     assert module.w.dtype == torch.float32 and module.w.size(0) == 24 and "Weight" in repr(module.w)
     assert type(module.w.as_subclass(Tensor)) is Tensor
