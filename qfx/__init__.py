@@ -1,6 +1,8 @@
 """qfx: quantization of transformers as a graph-transform compiler pass.
 
 >>> q = qfx.quantize(model, "w8a8-smoothquant", calibration=batches)  # doctest: +SKIP
+>>> qfx.save(q, "quantized")  # doctest: +SKIP
+>>> q = qfx.load("quantized")  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -11,19 +13,24 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .core import errors
     from .core.spec import QSpec, Scheme
     from .explanation import explain
+    from .package import load, save
     from .quantize import quantize
     from .recipes import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["QSpec", "Recipe", "Scheme", "explain", "quantize"]
+__all__ = ["QSpec", "Recipe", "Scheme", "errors", "explain", "load", "quantize", "save"]
 _HOMES = {
     "explain": "explanation",
     "quantize": "quantize",
+    "save": "package",
+    "load": "package",
     "Recipe": "recipes",
     "Scheme": "core.spec",
     "QSpec": "core.spec",
+    "errors": "core.errors",
 }
 
 
@@ -42,6 +49,7 @@ def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for, so that `import qfx` costs nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module 'qfx' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"qfx.{_HOMES[name]}"), name)
+    home = importlib.import_module(f"qfx.{_HOMES[name]}")
+    value = home if name == "errors" else getattr(home, name)
     globals()[name] = value
     return value

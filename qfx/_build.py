@@ -74,32 +74,33 @@ def build(folder: Path, entry: ModelEntry, dtype: torch.dtype, attn_implementati
 
     hub = entry.transformers
     assert hub is not None
-    cls, config_class = (getattr(transformers, name, None) for name in (entry.qualname, hub.config))
+    cls: Any = getattr(transformers, entry.qualname, None)
+    config_class: Any = getattr(transformers, hub.config, None)
     for name, found, base in (
         (entry.qualname, cls, transformers.PreTrainedModel),
         (hub.config, config_class, transformers.PreTrainedConfig),
     ):
         if not isinstance(found, type) or not issubclass(found, base):
             raise PackageError(
-                f"transformers {transformers.__version__} has no class {name}; install the version that wrote the folder "
-                "(its qfx.json says which), or pass model="
+                f"transformers {transformers.__version__} has no class {name}; install the one that qfx.json names, "
+                "or pass model="
             )
     try:
         config = config_class.from_json_file(str(folder / CONFIG))
-        attention = {"": attn_implementation} if attn_implementation else hub.attn_implementation
+        attention: Implementation = {"": attn_implementation} if attn_implementation else hub.attn_implementation
         _set_implementation(config, "_attn_implementation", attention)
         _set_implementation(config, "_experts_implementation", hub.experts_implementation)
         with torch.random.fork_rng(devices=[]), _default_dtype(dtype), _parameters_on_meta():
             return cls(config)
     except Exception as e:  # whatever a model's own code raises
         raise PackageError(
-            f"{entry.qualname} cannot be built from {CONFIG}: {type(e).__name__}: {one_line(e)}; use the versions that wrote "
-            "it (qfx.json says which), or attn_implementation='sdpa' if that is what is missing"
+            f"{entry.qualname} cannot be built from {CONFIG}: {type(e).__name__}: {one_line(e)}; use the versions that "
+            "qfx.json names, or attn_implementation='sdpa' if that is what is missing"
         ) from e
 
 
 def blank_copy(model: nn.Module, entry: ModelEntry) -> nn.Module:
-    """A copy of the user's instance with its parameters on the meta device; raises PackageError if it is another class."""
+    """A copy of the user's instance with its parameters on the meta device; PackageError if it is another class."""
     cls = type(model)
     other = cls.__qualname__ != entry.qualname
     # a script's own class has another module name where it is imported
@@ -128,7 +129,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that this thread registers lose their values at once; buffers, unlike under torch.device("meta"), do not.
+    """Parameters that this thread registers lose their values at once; buffers keep theirs.
 
     So no memory is filled with weights that are thrown away, and what a class computes for itself (rotary frequencies,
     masks) is there, also in plain attributes, without knowing any class.
@@ -141,7 +142,7 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, param)
 
     with _BUILDING:
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

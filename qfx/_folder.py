@@ -21,8 +21,8 @@ _LOCK = threading.Lock()
 def staged(folder: Path, overwrite: bool) -> Iterator[Path]:
     """Gives a temporary folder beside `folder`, which takes its place when the block ends without an error.
 
-    Whatever happens, and whenever, `folder` is what it was before, or what the block made, or absent in the moment between
-    two renames; the next save restores it then. On an error nothing of the block's work is left.
+    Whatever happens, and whenever, `folder` is what it was before, or what the block made, or absent in the moment
+    between two renames; the next save restores it then. On an error nothing of the block's work is left.
 
     Raises:
         PackageError: the target holds something else than a saved model, or must not be overwritten.
@@ -148,8 +148,8 @@ def open_folder(folder: Path, verify: bool) -> Manifest:
     """The manifest of a folder that is whole.
 
     Raises:
-        PackageError: it is no folder of qfx, or a file is missing, has another size, or (if `verify`) other contents than
-            it was saved with.
+        PackageError: it is no folder of qfx, or a file is missing, has another size, or (if `verify`) other contents
+            than it was saved with.
     """
     if not folder.is_dir():
         backups = [p.name for p in _siblings(folder, "old") if (p / MANIFEST).is_file()]

@@ -123,7 +123,8 @@ class Manifest(Entry):
         parameters: quantized parameters of other modules.
         shifts: paths of norms that got an additive `shift`.
         tensors: what is stored, by name. A bias that the class does not make is one that a fold added.
-        ties: names of one and the same tensor; the first is the stored one. What the class ties and these do not is untied.
+        ties: names of one and the same tensor, the first is the stored one. What the class ties, and these do not, was
+            untied.
         derived: buffers that are made anew.
         recipe: what was asked for.
         example: shapes of the inputs that the model was captured with.
@@ -145,11 +146,7 @@ class Manifest(Entry):
 
     def write(self, folder: Path) -> None:
         """Writes `qfx.json`."""
-        try:
-            text = json.dumps(self.model_dump(mode="json"), indent=1)
-        except (TypeError, ValueError) as e:  # settings of a step of one's own may be anything
-            raise PackageError(f"the recipe holds what JSON does not ({one_line(e)}); use plain settings") from None
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> Manifest:

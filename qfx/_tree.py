@@ -1,4 +1,4 @@
-"""What distinguishes a quantized module tree from the one its class builds: read off the tree, and put into a fresh one."""
+"""What distinguishes a quantized module tree from the one its class builds: read off, and put into a fresh one."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ class Named(NamedTuple):
 def named_tensors(model: nn.Module) -> Iterator[Named]:
     """All parameters and buffers, each under all of its names."""
     for path, module in model.named_modules(remove_duplicate=False):
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise PackageError(f"{path or 'the model'} has extra state, which is not saved; keep it in buffers")
         for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
             for leaf, tensor in table.items():
                 if tensor is not None:
                     stored = kind == "parameter" or leaf not in module._non_persistent_buffers_set
                     yield Named(f"{path}.{leaf}".lstrip("."), kind, stored, tensor)
+
+
+def stored_names(model: nn.Module) -> set[str]:
+    """The names of the model's `state_dict`."""
+    return {found.name for found in named_tensors(model) if found.stored}
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -48,6 +51,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """The manifest's `layers`, `parameters`, `shifts`, `ties`, `derived`, and all that is stored as `tensors`."""
     layers: dict[QLinear, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise PackageError(f"{path or 'the model'} has extra state, which is not saved; keep it in buffers")
         if isinstance(module, QLinear):
             layers.setdefault(module, []).append(path)
     groups: dict[Any, list[Named]] = {}
@@ -139,17 +144,17 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
     has = {f.name: (f.kind, list(f.tensor.shape)) for f in named_tensors(model) if f.stored}
     cls = type(model).__qualname__
     for names, what in (
-        (wanted.keys() - has.keys(), "the saved model has tensors that this"),
-        (has.keys() - wanted.keys(), "the saved model lacks tensors of this"),
+        (wanted.keys() - has.keys(), f"this {cls} lacks tensors of the saved model"),
+        (has.keys() - wanted.keys(), f"the saved model lacks tensors of this {cls}"),
     ):
         if names:
             some = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-            raise PackageError(f"{what} {cls} {'has not' if 'that' in what else 'has'} ({some}); {_ADVICE}")
+            raise PackageError(f"{what} ({some}); {_ADVICE}")
     for name, entry in wanted.items():
         if has[name] != (entry.kind, entry.shape):
             kind, shape = has[name]
             raise PackageError(
-                f"{name} was saved as a {entry.kind} of shape {entry.shape}, this {cls} has a {kind} of {shape}; {_ADVICE}"
+                f"{name} was saved as a {entry.kind} of shape {entry.shape}, here it is a {kind} of {shape}; {_ADVICE}"
             )
 
 

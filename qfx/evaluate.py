@@ -22,6 +22,8 @@ from qfx.data import read_text, token_ids
 
 ROWS = 2048
 """Predictions whose logits are cast to float32 at a time: [4, 2048, 128256] are 4.2 GB."""
+WINDOW = 512
+"""Tokens in a window where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def perplexity(
         QfxError: the text is empty or shorter than a window, the window is longer than the model's
             positions, or the loss is not finite.
     """
-    limit = _positions(model)
+    limit = positions(model)
     if limit is not None and window > limit:
         raise QfxError(f"perplexity: window {window}; the model has {limit} positions, use {limit}")
     if batch_size < 1:
@@ -135,7 +137,13 @@ def _windows(ids: Tensor, window: int, overlap_one: bool, most: int | None) -> T
     return ids.unfold(0, size, window)[:most]
 
 
-def _positions(model: Any) -> int | None:
+def default_window(model: Any) -> int:
+    """`WINDOW`, or the number of the model's positions if it has fewer."""
+    limit = positions(model)
+    return WINDOW if limit is None else min(WINDOW, limit)
+
+
+def positions(model: Any) -> int | None:
     """How many positions the model has, if its config says so."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import json
 import platform
 import shutil
 import sys
@@ -17,11 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from . import __version__
 from ._build import blank_copy, build, describe_class
 from ._folder import describe_files, open_folder, staged
 from ._manifest import CONFIG, FORMAT, GENERATION, REPORT, Manifest, ModelEntry, one_line
 from ._shards import load_shards, plan_shards, write_shards
-from ._tree import describe, named_tensors, rebuild, restore_derived
+from ._tree import describe, rebuild, restore_derived, stored_names
 from .core.errors import PackageError, RecipeError
 from .core.report import Report
 from .recipes import Recipe
@@ -33,12 +33,13 @@ class Quantized:
 
     Attributes:
         report: every fold, miss, layer and step.
-        recipe: what was asked for.
+        recipe: what was asked for; None once loaded if it has steps that this qfx does not know (`report.recipe` names
+            them).
         example: shapes of the inputs that it was captured with, by name.
     """
 
     report: Report
-    recipe: Recipe
+    recipe: Recipe | None
     example: dict[str, list[int]]
 
 
@@ -78,7 +79,7 @@ def save(
             versions=_versions(),
             model=describe_class(model),
             tensors=plan_shards(tensors, max_shard_size),
-            recipe=info.recipe.to_dict(),
+            recipe=info.report.recipe,
             example=info.example,
             files={},
         )
@@ -86,8 +87,8 @@ def save(
             _write_tokenizer(made, tokenizer)
             _write_configs(made, model)
             if manifest.model.transformers:
-                manifest = manifest.model_copy(update={"model": _rehearse(made, manifest, model)})
-            (made / REPORT).write_text(info.report.to_json() + "\n", encoding="utf-8")
+                manifest = manifest.model_copy(update={"model": _rehearse(made, manifest)})
+            _write_report(made, info.report)
             write_shards(made, tensors, manifest.tensors)
             manifest.model_copy(update={"files": describe_files(made)}).write(made)
     except PackageError as e:
@@ -109,8 +110,8 @@ def load(
 
     Args:
         folder: where from.
-        model: a float instance of the model's class, with any weights, for classes that are not in transformers. It is not
-            changed.
+        model: a float instance of the model's class, with any weights, for classes that are not in transformers. It is
+            not changed.
         device: where to put the tensors.
         verify: compare the hash of every file (sizes are always compared).
         attn_implementation: instead of the one that the model had, for models of transformers.
@@ -132,19 +133,19 @@ def load(
             raise PackageError(f"{manifest.model.module}.{name} is not a class of transformers; pass model={name}(...)")
         if attn_implementation and (model is not None or hub is None):
             raise PackageError("attn_implementation is set where the model is built; drop it, or drop model=")
-        names = _names(fresh)
+        names = stored_names(fresh)
         rebuild(fresh, manifest)
         load_shards(fresh, path, manifest, place)
         if differ := restore_derived(fresh, manifest):
             which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
             warnings.warn(
-                f"load: {folder}: buffers that {name} makes by itself differ from the saved model's ({which}); outputs may "
-                "differ, check versions and settings",
+                f"load: {folder}: buffers that {name} makes by itself differ from the saved model's ({which}); "
+                "outputs may differ, check versions and settings",
                 stacklevel=2,
             )
         fresh.to(place)
         if model is None and GENERATION in manifest.files:
-            fresh.generation_config = type(fresh.generation_config).from_pretrained(path)  # type: ignore[union-attr]
+            _read_generation(fresh, path)
     except PackageError as e:
         raise PackageError(f"load: {folder}: {e}") from e.__cause__
     attach(fresh, Quantized(report, _recipe(manifest), manifest.example), names)
@@ -158,7 +159,7 @@ def attach(model: nn.Module, info: Quantized, float_names: set[str]) -> None:
     `save_pretrained` says so instead.
     """
     model.qfx = info  # type: ignore[assignment]
-    if hasattr(model, "save_pretrained") and _names(model) != float_names:
+    if hasattr(model, "save_pretrained") and stored_names(model) != float_names:
         model.save_pretrained = _no_save_pretrained  # type: ignore[assignment]
 
 
@@ -168,28 +169,39 @@ def _no_save_pretrained(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _names(model: nn.Module) -> set[str]:
-    return {found.name for found in named_tensors(model) if found.stored}
-
-
-def _rehearse(made: Path, manifest: Manifest, model: nn.Module) -> ModelEntry:
-    """Builds the model as `load` will, before gigabytes are written that could not be loaded; finds the dtype to build in."""
+def _rehearse(made: Path, manifest: Manifest) -> ModelEntry:
+    """Builds the model as `load` will, before gigabytes are written that would not; finds the dtype to build in."""
     hub = manifest.model.transformers
     assert hub is not None
-    for dtype in dict.fromkeys((torch.float32, model.dtype)):
-        fresh = build(made, manifest.model, dtype)  # type: ignore[arg-type]
-        rebuild(fresh, manifest)
+    used = {t.dtype for t in manifest.tensors.values()}
+    for dtype in (torch.float32, *used & {torch.float16, torch.bfloat16, torch.float64}):
+        try:
+            fresh = build(made, manifest.model, dtype)
+            rebuild(fresh, manifest)
+        except PackageError as e:
+            why = str(e).partition(";")[0]
+            raise PackageError(f"it would not load again, {why}; make model.config say what the model is") from e
         if not restore_derived(fresh, manifest):
             return manifest.model.model_copy(update={"transformers": hub.model_copy(update={"dtype": dtype})})
     return manifest.model
 
 
+def _write_report(made: Path, report: Report) -> None:
+    try:
+        text = report.to_json()
+    except (TypeError, ValueError) as e:  # settings of a step of one's own may be anything
+        raise PackageError(f"the report holds what JSON does not ({one_line(e)}); give steps plain settings") from None
+    (made / REPORT).write_text(text + "\n", encoding="utf-8")
+
+
 def _write_configs(made: Path, model: nn.Module) -> None:
-    if hasattr(config := getattr(model, "config", None), "to_json_file"):
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_json_file"):
         config = copy.deepcopy(config)
         config.architectures = [type(model).__name__]
         config.to_json_file(made / CONFIG)
-    if hasattr(generation := getattr(model, "generation_config", None), "to_json_file"):
+    generation: Any = getattr(model, "generation_config", None)
+    if hasattr(generation, "to_json_file"):
         generation.to_json_file(made / GENERATION)
 
 
@@ -207,8 +219,7 @@ def _write_tokenizer(made: Path, tokenizer: Any) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    found["qfx"] = sys.modules["qfx"].__version__
+    found = {"qfx": __version__, "python": platform.python_version(), "torch": torch.__version__}
     if "transformers" in sys.modules:
         found["transformers"] = importlib.metadata.version("transformers")
     return found
@@ -221,15 +232,22 @@ def _device(device: str | torch.device) -> torch.device:
         raise PackageError(f"the device {str(device)!r} is not there ({one_line(e)}); choose another") from None
 
 
+def _read_generation(model: Any, path: Path) -> None:
+    try:
+        model.generation_config = type(model.generation_config).from_pretrained(path)
+    except (OSError, ValueError, TypeError) as e:
+        raise PackageError(f"{GENERATION} cannot be read ({one_line(e)}); save the model again") from None
+
+
 def _report(path: Path) -> Report:
     try:
         return Report.from_json((path / REPORT).read_text(encoding="utf-8"))
-    except (ValueError, json.JSONDecodeError) as e:
+    except ValueError as e:
         raise PackageError(f"{REPORT} is not a report ({one_line(e)}); save the model again") from None
 
 
-def _recipe(manifest: Manifest) -> Recipe:
+def _recipe(manifest: Manifest) -> Recipe | None:
     try:
         return Recipe.from_dict(manifest.recipe)
-    except RecipeError as e:
-        raise PackageError(f"the recipe in qfx.json: {one_line(e)}") from None
+    except RecipeError:  # a step of the user's own, or of another qfx: no reason not to load the weights
+        return None

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qfx.passes.discover.capture import capture, check_feeds, exportable, input_names
+from qfx.passes.discover.capture import capture, check_feeds, exportable, fixed_size, input_names
 from qfx.passes.discover.linears import find_linears
 from qfx.passes.discover.plan import make_plan, untie
 from qfx.passes.discover.sites import find_sites
 from qfx.passes.lower.modules import Lower
 
 from . import data as _data
+from ._tree import stored_names
 from .core.errors import CalibrationError, PassError, RecipeError
 from .core.graph import Graph
 from .core.passes import Progress, State, run_pass
 from .core.report import Layer, Miss, Report
-from .package import Quantized
+from .package import Quantized, attach
 from .progress import progress_bar
 from .recipes import Recipe, settings
 
@@ -70,8 +71,9 @@ def quantize(  # noqa: PLR0913
     original = model
     model = model if inplace else copy.deepcopy(model)
     model.eval()
+    names = stored_names(model)
     with progress_bar(progress) as show, torch.no_grad():
-        reference = [_outputs(model, b) for b in batches[:CHECKED]]
+        reference = [_reference(model, b, i) for i, b in enumerate(batches[:CHECKED])]
         state = discover(model, recipe, batches, show, tolerance)
         report = state.report
         report.bytes_before = _bytes(original)
@@ -83,11 +85,14 @@ def quantize(  # noqa: PLR0913
             done.append(step.name)
         if not state.solved:
             _check_whole(state, original, inplace, reference)
+        simulated: list[list[Tensor]] = []
         if state.solved:
+            # before lowering: a lowered layer shows its weight as [out, in], whatever the parameter's layout was
+            simulated = [_floats(state.graph.run(b)) for b in state.batches[:1]]
             run_pass(state, Lower(), {}, done)
-        _finish(state, original, reference)
+        _finish(state, simulated, reference)
     report.seconds = time.perf_counter() - began
-    model.qfx = Quantized(report, recipe, {k: list(v.shape) for k, v in batches[0].items()})  # type: ignore[assignment]
+    attach(model, Quantized(report, recipe, {k: list(v.shape) for k, v in batches[0].items()}), names)
     return model
 
 
@@ -101,7 +106,8 @@ def discover(
         check_feeds(graph, batch, f"batch {i}")
     _check_capture(graph, batches[0])
     show("capture", 1, 1)
-    linears, odd = find_linears(graph)
+    linears, uncovered = find_linears(graph)
+    odd = {m.where: m.why for m in uncovered}  # once each, however often it is used
     plan = make_plan(graph, linears, recipe.schemes, recipe.ignore)
     untie(graph, linears, plan)
     show("sites", 0, 1)
@@ -109,18 +115,20 @@ def discover(
     graph.execute(graph.nodes, env, feeds=_small(graph, batches[0]))
     sites, misses = find_sites(graph, linears, env)
     show("sites", 1, 1)
-    counted = {lin.weight: graph.attr(lin.weight).numel() for lin in linears}
-    odd_sizes = {m.where: graph.attr(m.where).numel() for m in odd}
-    report = Report(type(model).__name__, recipe.to_dict(), sum(counted.values()) + sum(odd_sizes.values()))
+    found = {lin.weight: lin for lin in linears}
+    sizes = {name: graph.attr(name).numel() for name in [*found, *odd]}
+    report = Report(type(model).__name__, recipe.to_dict(), sum(sizes.values()))
     report.versions = {"torch": torch.__version__, "python": platform.python_version(), **_version("transformers")}
     report.warnings += plan.notes
-    report.misses += [Miss(m.where, m.why, "discover", odd_sizes[m.where]) for m in odd]
+    report.misses += [Miss(w.removesuffix(".weight"), why, "discover", sizes[w]) for w, why in odd.items()]
     report.misses += [dataclasses.replace(m, step="sites") for m in misses]
-    for linear in {lin.weight: lin for lin in linears}.values():
+    for linear in found.values():
         if linear.weight not in plan.schemes:
             why = plan.floats.get(linear.weight, "no pattern matches it")
             report.layers.append(Layer(linear.name, None, linear.shape(graph), note=why))
-    report.layers += [Layer(m.where, None, list(graph.attr(m.where).shape), note=m.why) for m in odd]
+    for name, why in odd.items():
+        if name not in found:
+            report.layers.append(Layer(name.removesuffix(".weight"), None, list(graph.attr(name).shape), note=why))
     return State(graph, linears, sites, plan.schemes, batches, report, progress=show, tolerance=tolerance)
 
 
@@ -138,7 +146,9 @@ def check_model(model: nn.Module) -> None:
                 f"quantize: {name} is float16 on the CPU, where it is slow and overflows; use model.float() or "
                 "model.bfloat16(), or move the model to a GPU"
             )
-        if p.is_floating_point() and not bool(p.isfinite().all()):
+        # a buffer may be infinite: masks are
+        broken = not bool(p.isfinite().all()) if isinstance(p, nn.Parameter) else bool(p.isnan().any())
+        if broken:
             raise RecipeError(f"quantize: {name} has NaN or infinite values; the checkpoint is damaged")
 
 
@@ -184,7 +194,7 @@ def _small(graph: Graph, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for node in graph.inputs:
         name, value = str(node.target), batch[str(node.target)]
         for dim, size in enumerate(node.meta["val"].shape):
-            if isinstance(size, int):
+            if fixed_size(size) is not None:
                 continue
             most = sizes.setdefault(str(size), 2 if dim == 0 else EXAMPLE_TOKENS)
             value = value.narrow(dim, 0, min(most, value.shape[dim]))
@@ -193,9 +203,9 @@ def _small(graph: Graph, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_capture(graph: Graph, batch: Mapping[str, Tensor]) -> None:
-    want, got = _outputs(graph.module, batch), _floats(graph.run(batch))
+    want, got = _reference(graph.module, batch, 0), _floats(graph.run(batch))
     error = relative_difference(want, got)
-    if not error < 1e-3 * (1 if next(graph.module.parameters()).dtype == torch.float32 else 30):
+    if not error < 1e-3 * (30 if _is_low(graph.module) else 1):
         raise PassError(f"capture: the captured graph differs from {type(graph.module).__name__} by {error:.2g}")
 
 
@@ -204,10 +214,9 @@ def _check_whole(state: State, original: nn.Module, inplace: bool, reference: Se
     report = state.report
     if not report.folds:
         return
-    low = next(state.graph.module.parameters()).dtype in (torch.bfloat16, torch.float16)
     error = _output_error(state, reference)
     report.output_error = error
-    if error <= (0.1 if low else state.tolerance):
+    if error <= (0.1 if _is_low(state.graph.module) else state.tolerance):
         return
     if inplace:
         raise PassError(
@@ -223,12 +232,11 @@ def _check_whole(state: State, original: nn.Module, inplace: bool, reference: Se
     report.output_error = _output_error(state, reference)
 
 
-def _finish(state: State, original: nn.Module, reference: Sequence[list[Tensor]]) -> None:
+def _finish(state: State, simulated: Sequence[list[Tensor]], reference: Sequence[list[Tensor]]) -> None:
     report, model = state.report, state.graph.module
     report.output_error = _output_error(state, reference)
     report.bytes_after = _bytes(model)
     if state.solved:
-        simulated = [_floats(state.graph.run(b)) for b in state.batches[:1]]
         apart = max(relative_difference(a, _outputs(model, b)) for a, b in zip(simulated, state.batches, strict=False))
         if apart > max(0.05, 0.2 * (report.output_error or 0)):
             report.warnings.append(
@@ -243,12 +251,34 @@ def _output_error(state: State, reference: Sequence[list[Tensor]]) -> float:
 
 
 def relative_difference(want: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """The largest difference of any output, relative to its largest value."""
+    """The largest difference of any output, relative to its largest value; infinite where one is finite and one is not."""
     worst = 0.0
     for a, b in zip(want, got, strict=True):
-        size = a.abs().max().item() if a.numel() else 0.0
-        worst = max(worst, (a - b).abs().max().item() / max(size, 1e-12) if a.numel() else 0.0)
+        finite = a.isfinite()  # what a model forbids may be -inf
+        if not torch.equal(finite, b.isfinite()):
+            return float("inf")
+        if finite.any():
+            worst = max(worst, (a - b)[finite].abs().max().item() / max(a[finite].abs().max().item(), 1e-12))
     return worst
+
+
+def _reference(model: nn.Module, batch: Mapping[str, Tensor], i: int) -> list[Tensor]:
+    """What the float model makes of a batch; raises CalibrationError if it cannot."""
+    shown = ", ".join(f"{k} {str(v.dtype).removeprefix('torch.')} {list(v.shape)}" for k, v in batch.items())
+    try:
+        outputs = _outputs(model, batch)
+    except Exception as e:  # whatever the model's own code raises
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else "no message"
+        raise CalibrationError(
+            f"calibration: {type(model).__name__} fails on batch {i} ({shown}): {type(e).__name__}: {reason}. Check that the "
+            "batch holds the model's own inputs: all that it needs, ids of its tokenizer, no longer than its positions"
+        ) from e
+    if any(bool(t.isnan().any()) for t in outputs):
+        raise CalibrationError(
+            f"calibration: {type(model).__name__} gives NaN on batch {i} ({shown}), before anything was changed; look at "
+            "the batch's values, or use model.float() if the model overflows in its dtype"
+        )
+    return outputs
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
@@ -258,6 +288,10 @@ def _outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 def _floats(output: Any) -> list[Tensor]:
     return [t.float() for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _is_low(model: nn.Module) -> bool:
+    return any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
 
 
 def _bytes(model: nn.Module) -> int:

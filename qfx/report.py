@@ -72,14 +72,14 @@ def _sizes(report: Report) -> Table:
     table = new_table("Model", "model", ">before", ">after", ">ratio", ">seconds")
     before, after = report.bytes_before, report.bytes_after
     ratio = f"{before / after:.2f} ×" if after else "-"
-    add_row(table, report.model, _bytes(before), _bytes(after), ratio, f"{report.seconds:.1f}")
+    add_row(table, report.model, human_size(before), human_size(after), ratio, f"{report.seconds:.1f}")
     return table
 
 
 def _steps(report: Report) -> Table:
     table = new_table("Steps", "step", "settings", ">changed", ">seconds", "notes")
     for step in report.steps:
-        settings = ", ".join(f"{name}={value}" for name, value in step.settings.items())
+        settings = ", ".join(f"{name}={value}" for name, value in step.settings.items()) or "defaults"
         notes = "; ".join(step.notes)
         add_row(table, step.name, settings, str(step.changed), f"{step.seconds:.1f}", notes)
     return table
@@ -151,7 +151,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def _bytes(count: int) -> str:
+def human_size(count: int) -> str:
+    """A number of bytes in the unit that suits it."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

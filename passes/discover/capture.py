@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qfx.core.errors import CalibrationError, CaptureError
 from qfx.core.graph import Graph
@@ -25,6 +26,12 @@ _ASSERTS = {
 }
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
+# What is allocated is overwritten later, but a value that differs from run to run looks to a probe like a computed one.
+_EMPTIES = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
 # Settings of Hugging Face configs under which a model's forward is a pure function of its inputs that exports.
 _EXPORTABLE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "use_cache": (False, (True,)),
@@ -43,12 +50,14 @@ def capture(model: nn.Module, example: Mapping[str, Tensor]) -> Graph:
         CaptureError: the model does not capture; the message says where and what to try.
     """
     example = {k: _at_least_two(v) for k, v in example.items()}
-    shapes = {k: {d: torch.export.Dim.AUTO for d in range(v.dim())} for k, v in example.items()}
+    shapes = {k: {d: torch.export.Dim.AUTO for d in _open_dims(v)} for k, v in example.items()}
     with torch.no_grad(), exportable(model):
         try:
             program = torch.export.export(
                 model, (), dict(example), dynamic_shapes=_by_signature(model, shapes), strict=False
             )
+            if _writes_in_place(program.graph_module):
+                program = program.run_decompositions({})  # decomposes nothing, but makes the graph functional
         except Exception as e:  # whatever the model's own code raises under tracing
             raise CaptureError(_explain(model, e)) from e
     unlifted = program.module()
@@ -85,18 +94,32 @@ def input_names(model: nn.Module) -> list[str]:
 
 def check_feeds(graph: Graph, feeds: Mapping[str, Tensor], where: str) -> None:
     """Raises CalibrationError if a batch does not fit the captured graph (missing inputs, sizes that were fixed)."""
+    if extra := sorted(set(feeds) - {str(node.target) for node in graph.inputs}):
+        raise CalibrationError(
+            f"calibration: {where} has {', '.join(extra)}, which the first batch had not. Use batches of one form."
+        )
     for node in graph.inputs:
         name, want = str(node.target), node.meta["val"]
         got = feeds.get(name)
         if got is None:
             raise CalibrationError(f"calibration: {where} lacks the input {name!r} that the first batch had")
-        fixed = [s if isinstance(s, int) else None for s in want.shape]
+        fixed = [fixed_size(s) for s in want.shape]
         if got.dim() != len(fixed) or any(f is not None and f != s for f, s in zip(fixed, got.shape, strict=True)):
             shape = [f if f is not None else "any" for f in fixed]
             raise CalibrationError(
                 f"calibration: {where} has {name!r} of shape {list(got.shape)}; the model was captured for {shape}. "
                 "Use batches of one form."
             )
+        if got.dtype != want.dtype:
+            raise CalibrationError(
+                f"calibration: {where} has {name!r} in {got.dtype}; the model was captured for {want.dtype}. "
+                "Use batches of one form."
+            )
+
+
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """A size in a captured shape, or None if it may vary; the export writes some fixed ones as symbols with one value."""
+    return int(size) if is_concrete_int(size) else None
 
 
 def _by_signature(model: nn.Module, shapes: dict[str, Any]) -> Any:
@@ -118,6 +141,18 @@ def _at_least_two(x: Tensor) -> Tensor:
         if x.shape[dim] == 1:
             x = x.repeat_interleave(2, dim)
     return x
+
+
+def _open_dims(x: Tensor) -> range:
+    """All sizes may vary but those of images: models compute on them, and an export of that takes minutes."""
+    return range(1 if x.dim() > 3 else x.dim())
+
+
+def _writes_in_place(gm: fx.GraphModule) -> bool:
+    """Whether any op changes one of its inputs, also in a nested region: values would then depend on who ran before."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    schemas = [getattr(n.target, "_schema", None) for g in graphs for n in g.nodes if n.op == "call_function"]
+    return any(s.is_mutable for s in schemas if s is not None)
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
@@ -143,6 +178,9 @@ def _canonicalize(gm: fx.GraphModule) -> None:
         elif node.target in _DROPOUTS or (node.target in _CASTS and _same_type(node)):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+        elif node.target in _EMPTIES:
+            node.target = _EMPTIES[node.target]
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
 

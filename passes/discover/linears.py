@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qfx.core.graph import Graph
 from qfx.core.linear import Linear
@@ -15,9 +15,9 @@ _GROUPED = ("grouped_mm",)
 
 
 def find_linears(graph: Graph) -> tuple[list[Linear], list[Miss]]:
-    """All linears in execution order, and the products with a parameter that no view covers, with the reason."""
+    """All linears in execution order, and the weights that none of them covers, with the reason."""
     found: list[Linear] = []
-    misses: list[Miss] = []
+    misses = [Miss(name, "the captured call does not run it") for name in graph.unread() if _is_matrix(graph, name)]
     for node in graph.nodes:
         match = _match(graph, node)
         if isinstance(match, Linear):
@@ -25,6 +25,13 @@ def find_linears(graph: Graph) -> tuple[list[Linear], list[Miss]]:
         elif isinstance(match, Miss):
             misses.append(match)
     return found, misses
+
+
+def _is_matrix(graph: Graph, name: str) -> bool:
+    """Whether a parameter may be a linear's weight: no table, no filter, no single row."""
+    owner = graph.module.get_submodule(name.rpartition(".")[0])
+    value = graph.attr(name)
+    return value.dim() > 1 and min(value.shape) > 1 and not isinstance(owner, nn.Embedding | nn.modules.conv._ConvNd)
 
 
 def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:

@@ -66,9 +66,10 @@ def make_plan(
     names = sorted(lin.name for lin in linears)
     for pattern, count in hits.items():
         if not count and pattern not in roles:
+            known = f"its {len(names)} layers are {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
             raise RecipeError(
                 f"recipe: pattern {pattern!r} matches no layer of {type(graph.module).__name__}; "
-                f"its {len(names)} layers are {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
+                f"{known if names else 'it has no linear layer'}"
             )
     return plan
 

@@ -6,6 +6,7 @@ A linear that is a module of its own becomes a `QLinear`. A parameter that a mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,11 @@ from qfx.core.graph import layer_path
 from qfx.core.linear import Linear
 from qfx.core.passes import Result, Solved, State
 from qfx.core.report import Miss
+from qfx.core.simulate import FakeQuantize
 from qfx.passes.lower.linear import QLinear
 from qfx.passes.lower.parameter import quantize_parameter
+
+_RESHAPES = {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def replace_layer(root: nn.Module, linear: Linear, weight: str, solved: Solved, 
     """Puts one quantized layer into the module tree; returns the name of the op that will compute it."""
     given: dict[str, Any] = {"input_scale": solved.input_scale, "input_zero": solved.input_zero}
     own_module = all(layer_path(use.node) == linear.name for use in solved.linears)
-    if own_module and not linear.experts:
+    if own_module and not linear.experts and _only_multiplies(root.get_submodule(linear.name), solved.linears):
         bias = getattr(root.get_submodule(linear.name), "bias", None)
         bias = bias.detach() if isinstance(bias, Tensor) else None
         qtensor = solved.qtensor.to(parameter.device)
@@ -68,6 +72,21 @@ def replace_layer(root: nn.Module, linear: Linear, weight: str, solved: Solved, 
     qtensor = solved.qtensor.to(parameter.device)
     quantize_parameter(root.get_submodule(path), leaf, qtensor, solved.scheme, layout, **given)
     return "dequantize"
+
+
+def _only_multiplies(module: nn.Module, uses: Sequence[Linear]) -> bool:
+    """Whether a module returns the product and nothing else; one that routes also chooses experts."""
+    if type(module) is nn.Linear:
+        return True
+    products = {n for use in uses for n in (use.node, use.y)}
+    for node in uses[0].node.graph.nodes:
+        if node.op != "call_function" or layer_path(node) != uses[0].name or node in products:
+            continue
+        of_weight = all(n.op == "get_attr" for n in node.all_input_nodes)
+        computes = isinstance(node.meta.get("val"), Tensor) and not isinstance(node.target, FakeQuantize)
+        if computes and not of_weight and node.target not in _RESHAPES:
+            return False
+    return True
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -106,6 +106,12 @@ class Graph:
                     found += list(node.users)
         return found
 
+    def unread(self) -> list[str]:
+        """The module's parameters that no node reads under any name: parts of it that the captured call does not run."""
+        constants = [self.attr(str(n.target)) for n in self.fx.nodes if n.op == "get_attr" and n.users]
+        read = {_storage(value) for value in constants if isinstance(value, Tensor)}
+        return [name for name, p in self.module.named_parameters() if _storage(p) not in read]
+
     def add_parameter(self, name: str, value: Tensor, before: fx.Node) -> fx.Node:
         """Registers a new parameter in the user's module and returns its `get_attr` node, placed before a node."""
         path, _, leaf = name.rpartition(".")

@@ -89,14 +89,19 @@ def scale_from_range(lo: Tensor, hi: Tensor, spec: QSpec) -> tuple[Tensor, Tenso
     lo, hi = lo.float(), hi.float()
     if spec.symmetric:
         top = torch.maximum(lo.abs(), hi.abs())
-        scale = torch.where(top > 0, (top / spec.grid.reach).clamp_min(TINY), torch.ones_like(top))
+        scale = torch.where(top > 0, _divide(top, spec.grid.reach).clamp_min(TINY), torch.ones_like(top))
         return scale, None
     assert isinstance(spec.grid, Int)
     lo, hi = lo.clamp_max(0), hi.clamp_min(0)
     span = hi - lo
-    scale = torch.where(span > 0, (span / (2**spec.grid.bits - 1)).clamp_min(TINY), torch.ones_like(span))
+    scale = torch.where(span > 0, _divide(span, 2**spec.grid.bits - 1).clamp_min(TINY), torch.ones_like(span))
     zero = (-lo / scale).round().clamp(spec.grid.lo, spec.grid.hi).to(torch.int32)
     return scale, zero
+
+
+def _divide(x: Tensor, by: float) -> Tensor:
+    """A true division on every device: CUDA turns division by a Python number into a product with its reciprocal."""
+    return x / torch.full_like(x, by)
 
 
 def encode(w: Tensor, scale: Tensor, zero: Tensor | None, spec: QSpec, g_idx: Tensor | None = None) -> QTensor:

@@ -206,4 +206,12 @@ def scheme_label(scheme: Scheme) -> str:
                     name = base + weight + block + x
                     if parse_scheme(name) == scheme:
                         return name
-    return f"{scheme.weight.grid}/{scheme.weight.block} x {scheme.input.grid if scheme.input else 'float'}"
+    return f"{_describe(scheme.weight)} x {_describe(scheme.input) if scheme.input else 'float'}"
+
+
+def _describe(spec: QSpec) -> str:
+    """For example "int8 per tensor, dynamic"."""
+    grid = spec.grid
+    kind = f"{'' if grid.signed else 'u'}int{grid.bits}" if isinstance(grid, Int) else f"e{grid.exp}m{grid.man}"
+    block = {(-1, -1): "per tensor", (1, -1): "per row"}.get(spec.block, "per {} x {}".format(*spec.block))
+    return f"{kind} {block}{', dynamic' if spec.dynamic else ''}"
