@@ -108,7 +108,8 @@ def main() -> None:
         measure(folder, a, save)
     show(stored)
     if a.markdown:
-        Path(a.markdown).write_text(markdown(stored))
+        page = Path(a.markdown)
+        page.write_text(markdown(stored, page.read_text()))
 
 
 def measure(folder: str, a: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> None:
@@ -185,23 +186,29 @@ def show(stored: dict[str, Any]) -> None:
     Console(width=60 + 26 * len(stored)).print(table)
 
 
-def markdown(stored: dict[str, Any]) -> str:
-    """The table as Markdown, with what it was measured on."""
-    any_model = next(iter(stored.values()))
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def markdown(stored: dict[str, Any], page: str) -> str:
+    """A page with the table, and what it was measured on, put between its two markers."""
+    first = next(iter(stored.values()))
+    versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
     lines = [
-        "# Results",
-        "",
-        "Perplexity on WikiText-2 test (lower is better), with the change against float32. Made by",
-        "`python benchmarks/results.py MODEL_DIR ... --text wikitext-2/test.txt --calibration wikitext-2/valid.txt`",
-        f"on {any_model['hardware']}, torch {any_model['versions']['torch']}, {any_model['date']}; "
-        f"windows of {any_model['window']} tokens ({any_model['windows']}), {any_model['samples']} calibration windows.",
+        BEGIN,
+        f"Hardware: {first['hardware']}; {versions}; {first['date']}. Windows of {first['window']} tokens "
+        f"({first['windows']}), {first['samples']} calibration windows.",
         "",
         "| recipe | " + " | ".join(stored) + " |",
         "|---|" + "---|" * len(stored),
         "| float32 | " + " | ".join(f"{m['float']:.3f}" for m in stored.values()) + " |",
+        *(f"| {name} | " + " | ".join(_cell(m, name) for m in stored.values()) + " |" for name in RECIPES),
+        "",
     ]
-    lines += [f"| {name} | " + " | ".join(_cell(m, name) for m in stored.values()) + " |" for name in RECIPES]
-    return "\n".join(lines) + "\n"
+    before, _, rest = page.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"results: the page has no {BEGIN} ... {END}")
+    return before + "\n".join(lines) + END + after
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
+from . import __version__
 from .core.errors import PackageError, RecipeError
 from .core.spec import Scheme
 
@@ -178,6 +182,14 @@ def read_manifest(folder: Path) -> Manifest:
     if unlisted := sorted(needed - set(manifest.files)):
         raise PackageError(f"{MANIFEST} is not valid: files: {unlisted[0]} is not listed; save the model again")
     return manifest
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a saved model depends on."""
+    found = {"qfx": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    if "transformers" in sys.modules:
+        found["transformers"] = importlib.metadata.version("transformers")
+    return found
 
 
 def one_line(error: object) -> str:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
-import platform
 import shutil
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +13,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from . import __version__
 from ._build import blank_copy, build, describe_class
 from ._folder import describe_files, open_folder, staged
-from ._manifest import CONFIG, FORMAT, GENERATION, REPORT, Manifest, ModelEntry, one_line
+from ._manifest import CONFIG, FORMAT, GENERATION, REPORT, Manifest, ModelEntry, one_line, versions
 from ._shards import load_shards, plan_shards, write_shards
 from ._tree import describe, rebuild, restore_derived, stored_names
 from .core.errors import PackageError, RecipeError
@@ -76,7 +72,7 @@ def save(
         manifest = Manifest(
             **tree,
             format=FORMAT,
-            versions=_versions(),
+            versions=versions(),
             model=describe_class(model),
             tensors=plan_shards(tensors, max_shard_size),
             recipe=info.report.recipe,
@@ -148,6 +144,8 @@ def load(
             _read_generation(fresh, path)
     except PackageError as e:
         raise PackageError(f"load: {folder}: {e}") from e.__cause__
+    except OSError as e:
+        raise PackageError(f"load: {folder}: {one_line(e)}; check that it can be read") from e
     attach(fresh, Quantized(report, _recipe(manifest), manifest.example), names)
     return fresh.eval()
 
@@ -196,7 +194,7 @@ def _write_report(made: Path, report: Report) -> None:
 
 def _write_configs(made: Path, model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_json_file"):
+    if hasattr(config, "to_json_file") and hasattr(config, "architectures"):
         config = copy.deepcopy(config)
         config.architectures = [type(model).__name__]
         config.to_json_file(made / CONFIG)
@@ -216,13 +214,6 @@ def _write_tokenizer(made: Path, tokenizer: Any) -> None:
             raise PackageError(f"{source} has no files of a tokenizer; pass the tokenizer itself")
         for path in found:
             shutil.copyfile(path, made / path.name)
-
-
-def _versions() -> dict[str, str]:
-    found = {"qfx": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    if "transformers" in sys.modules:
-        found["transformers"] = importlib.metadata.version("transformers")
-    return found
 
 
 def _device(device: str | torch.device) -> torch.device:

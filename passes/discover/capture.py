@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import operator
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from qfx.core.errors import CalibrationError, CaptureError
 from qfx.core.graph import Graph
+from qfx.passes.discover._functional import functionalize, writes_in_place
 
 aten = torch.ops.aten
 _ASSERTS = {
@@ -51,20 +53,21 @@ def capture(model: nn.Module, example: Mapping[str, Tensor]) -> Graph:
     """
     example = {k: _at_least_two(v) for k, v in example.items()}
     shapes = {k: {d: torch.export.Dim.AUTO for d in _open_dims(v)} for k, v in example.items()}
-    with torch.no_grad(), exportable(model):
+    with torch.no_grad(), exportable(model), warnings.catch_warnings():
+        # torch.export copies its own tree specs in a way that it has itself deprecated
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         try:
             program = torch.export.export(
                 model, (), dict(example), dynamic_shapes=_by_signature(model, shapes), strict=False
             )
-            if _writes_in_place(program.graph_module):
-                program = program.run_decompositions({})  # decomposes nothing, but makes the graph functional
+            unlifted = program.module()
+            if not _canonicalize(unlifted):
+                # decomposes nothing, but makes the graph functional; it takes longer than the export itself
+                unlifted = program.run_decompositions({}).module()
+                _canonicalize(unlifted)
         except Exception as e:  # whatever the model's own code raises under tracing
             raise CaptureError(_explain(model, e)) from e
-    unlifted = program.module()
-    assert isinstance(unlifted, fx.GraphModule)
-    _canonicalize(unlifted)
-    out_spec = unlifted._out_spec
-    return Graph(model, unlifted.graph, unlifted, out_spec)
+    return Graph(model, unlifted.graph, unlifted, unlifted._out_spec)
 
 
 @contextlib.contextmanager
@@ -148,13 +151,6 @@ def _open_dims(x: Tensor) -> range:
     return range(1 if x.dim() > 3 else x.dim())
 
 
-def _writes_in_place(gm: fx.GraphModule) -> bool:
-    """Whether any op changes one of its inputs, also in a nested region: values would then depend on who ran before."""
-    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    schemas = [getattr(n.target, "_schema", None) for g in graphs for n in g.nodes if n.op == "call_function"]
-    return any(s.is_mutable for s in schemas if s is not None)
-
-
 def _explain(model: nn.Module, error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     frames = [f for f in frames if not f.filename.endswith("capture.py")]
@@ -167,8 +163,12 @@ def _explain(model: nn.Module, error: Exception) -> str:
     )
 
 
-def _canonicalize(gm: fx.GraphModule) -> None:
-    """Strips what carries no meaning for a pass; inlines regions that only change grad mode or autocast."""
+def _canonicalize(gm: fx.GraphModule) -> bool:
+    """Strips what carries no meaning for a pass; inlines regions that only change grad mode or autocast.
+
+    Returns:
+        Whether the graph is functional: no op writes in place, also in no region that was kept whole.
+    """
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and "wrap_with_" in str(node.target):
             _inline(gm, node)
@@ -181,8 +181,12 @@ def _canonicalize(gm: fx.GraphModule) -> None:
         elif node.target in _EMPTIES:
             node.target = _EMPTIES[node.target]
             node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+    functional = functionalize(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
+    modules = dict(gm.named_modules())
+    kept = [modules[str(n.target)] for n in gm.graph.nodes if n.op == "get_attr" and str(n.target) in modules]
+    return functional and not any(writes_in_place(m.graph) for m in kept if isinstance(m, fx.GraphModule))
 
 
 def _same_type(node: fx.Node) -> bool:

@@ -31,7 +31,9 @@ def _is_matrix(graph: Graph, name: str) -> bool:
     """Whether a parameter may be a linear's weight: no table, no filter, no single row."""
     owner = graph.module.get_submodule(name.rpartition(".")[0])
     value = graph.attr(name)
-    return value.dim() > 1 and min(value.shape) > 1 and not isinstance(owner, nn.Embedding | nn.modules.conv._ConvNd)
+    if value.dim() < 2 or isinstance(owner, nn.Embedding | nn.modules.conv._ConvNd):
+        return False
+    return isinstance(owner, nn.Linear) or min(value.shape) > 1
 
 
 def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:
@@ -41,6 +43,7 @@ def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:
     x: object = None
     weight: Operand | None = None
     bias: object = None
+    offsets: object = None
     axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
     if target is aten.linear.default:
         x, weight, bias = args[0], operand(graph, args[1]), args[2] if len(args) > 2 else None
@@ -56,6 +59,7 @@ def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:
     elif any(g in str(target) for g in _GROUPED) and len(args) >= 2:
         x, weight = args[0], operand(graph, args[1])
         axes = ((0,), (2,), (1,)) if weight and len(weight.dims) == 3 else None
+        offsets = args[2] if len(args) > 2 else node.kwargs.get("offs")
     if weight is None:
         name = _only_parameters(graph, _weight_argument(node))
         return Miss(name, f"{_short(target)} takes a computed part of it, which no view covers") if name else None
@@ -63,7 +67,9 @@ def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:
         return None
     if axes is None or len(weight.dims) not in (2, 3):
         return Miss(weight.name, f"{_short(target)} takes the parameter in {len(weight.dims)} dimensions", weights=0)
-    return _linear(graph, node, x, weight, axes, bias)
+    linear = _linear(graph, node, x, weight, axes, bias)
+    linear.offsets = offsets if isinstance(offsets, fx.Node) else None
+    return linear
 
 
 def _weight_argument(node: fx.Node) -> object:

@@ -62,13 +62,13 @@ def solve_layers(state: State, walk: Walk, round_: Round) -> Result:
     if not (walk.hessian or static or walk.sequential):
         for i, (weight, linears) in enumerate(by_weight.items()):
             state.progress(walk.solver, i, len(by_weight))
-            _solve(state, walk, weight, linears, round_, None, None, result)
+            _solve(state, walk, weight, linears, round_, _Measured(), result)
         state.progress(walk.solver, len(by_weight), len(by_weight))
         return result
     sweep = Sweep(state.graph, state.batches)
     position = segment_of(state.graph)
     last = {w: max(position[lin.node] for lin in linears) for w, linears in by_weight.items()}
-    kept: dict[str, list[dict[type, Statistic]]] = {}
+    kept: dict[str, list[_Measured]] = {}
     total = len(sweep.segments)
     while not sweep.done():
         here = [lin for ls in by_weight.values() for lin in ls if position[lin.node] == sweep.index]
@@ -118,18 +118,53 @@ def _waves(state: State, linears: Sequence[Linear]) -> list[list[Linear]]:
     return list(waves.values())
 
 
-def _measure(
-    sweep: Sweep, walk: Walk, wave: Sequence[Linear], static: set[str]
-) -> dict[fx.Node, dict[type, Statistic]]:
+@dataclass
+class _Measured:
+    """What was seen of a layer's inputs."""
+
+    hessian: Hessian | None = None
+    experts: list[Hessian] | None = None
+    range: MinMax | None = None
+
+    def merge(self, other: _Measured) -> None:
+        """Adds what another use of the same weight saw; uses that read one value share their statistics."""
+        pairs = [(self.hessian, other.hessian), (self.range, other.range)]
+        pairs += list(zip(self.experts or [], other.experts or [], strict=True))
+        for mine, theirs in pairs:
+            if mine is not None and theirs is not None and mine is not theirs:
+                mine.merge(theirs)
+
+    def hessians(self) -> tuple[list[Tensor | None], list[str]]:
+        """The Hessian, or one for each expert; an expert without tokens takes that of all of them together."""
+        if self.experts is None:
+            return [None if self.hessian is None else self.hessian.value()], []
+        idle = [not h.count for h in self.experts]
+        values: list[Tensor | None] = [None if none else h.value() for h, none in zip(self.experts, idle, strict=True)]
+        if any(idle) and not all(idle):
+            together = Hessian()
+            for h in self.experts:
+                if h.count:
+                    together.merge(h)
+            values = [together.value() if v is None else v for v in values]
+        note = f"{sum(idle)} of {len(idle)} experts saw no tokens and were rounded by the others' inputs"
+        return values, [note] if any(idle) else []
+
+
+def _measure(sweep: Sweep, walk: Walk, wave: Sequence[Linear], static: set[str]) -> dict[fx.Node, _Measured]:
+    found: dict[fx.Node, _Measured] = {}
     wanted: dict[fx.Node, dict[type, Statistic]] = {}
+    experts: dict[Linear, list[Hessian]] = {}
     for linear in wave:
-        found = wanted.setdefault(linear.x, {})
-        if walk.hessian:
-            found.setdefault(Hessian, Hessian())
+        measured = found[linear.node] = _Measured()
+        of_value = wanted.setdefault(linear.x, {})
+        if walk.hessian and linear.experts:
+            measured.experts = experts[linear] = [Hessian() for _ in range(linear.shape(sweep.graph)[0])]
+        elif walk.hessian:
+            measured.hessian = of_value.setdefault(Hessian, Hessian())  # type: ignore[assignment]
         if linear.weight in static:
-            found.setdefault(MinMax, MinMax())
-    sweep.observe({x: list(found.values()) for x, found in wanted.items() if found})
-    return {linear.node: wanted[linear.x] for linear in wave}
+            measured.range = of_value.setdefault(MinMax, MinMax())  # type: ignore[assignment]
+    sweep.observe({x: list(s.values()) for x, s in wanted.items() if s}, experts=experts)
+    return found
 
 
 def _solve_ready(  # noqa: PLR0913
@@ -138,21 +173,15 @@ def _solve_ready(  # noqa: PLR0913
     ready: list[str],
     by_weight: dict[str, list[Linear]],
     round_: Round,
-    kept: dict[str, list[dict[type, Statistic]]],
+    kept: dict[str, list[_Measured]],
     result: Result,
 ) -> None:
     while ready:
         weight = ready.pop(0)
-        merged: dict[type, Statistic] = {}
-        for found in kept.pop(weight):
-            for kind, statistic in found.items():
-                if kind not in merged:
-                    merged[kind] = statistic
-                elif merged[kind] is not statistic:
-                    merged[kind].merge(statistic)
-        hessian = merged.get(Hessian)
-        value = hessian.value() if hessian is not None else None
-        _solve(state, walk, weight, by_weight[weight], round_, value, merged.get(MinMax), result)
+        first, *others = kept.pop(weight)
+        for other in others:
+            first.merge(other)
+        _solve(state, walk, weight, by_weight[weight], round_, first, result)
 
 
 def _solve(  # noqa: PLR0913
@@ -161,46 +190,41 @@ def _solve(  # noqa: PLR0913
     weight: str,
     linears: list[Linear],
     round_: Round,
-    hessian: Tensor | None,
-    observed: Statistic | None,
+    measured: _Measured,
     result: Result,
 ) -> None:
     graph, linear, scheme = state.graph, linears[0], state.plan[weight]
     w = linear.read(graph)
+    hessians, notes = measured.hessians()
     if linear.experts:
-        parts = [round_(part, scheme, hessian) for part in w]
-        qtensor, notes = _stack([p[0] for p in parts]), sorted({p[1] for p in parts if p[1]})
+        hessians = hessians if len(hessians) == len(w) else hessians * len(w)
+        parts = [round_(part, scheme, h) for part, h in zip(w, hessians, strict=True)]
+        qtensor, notes = _stack([p[0] for p in parts]), notes + sorted({p[1] for p in parts if p[1]})
+        q = qtensor.dequantize()
+        error = sum(relative_error(a, b, h) for a, b, h in zip(w, q, hessians, strict=True)) / len(w)
     else:
-        qtensor, note = round_(w, scheme, hessian)
-        notes = [note] if note else []
+        qtensor, note = round_(w, scheme, hessians[0])
+        notes += [note] if note else []
+        q = qtensor.dequantize()
+        error = relative_error(w, q, hessians[0])
     scheme = Scheme(qtensor.spec, scheme.input)
     solved = Solved(qtensor, scheme, linears)
     if scheme.input is not None and not scheme.input.dynamic:
         if weight in state.ranges:
             lo, hi = (torch.tensor(v) for v in state.ranges[weight])
         else:
-            assert observed is not None
-            lo, hi = activation_range(observed, scheme.input)
+            assert measured.range is not None
+            lo, hi = activation_range(measured.range, scheme.input)
         solved.input_scale, solved.input_zero = scale_from_range(lo, hi, scheme.input)
-    q = qtensor.dequantize()
-    error = relative_error(w, q, hessian)
     linear.write(graph, q.to(w.dtype))
     if scheme.input is not None:
         for use in linears:
             quantize_input(graph, use, FakeQuantize(scheme.input, solved.input_scale, solved.input_zero))
     state.solved[weight] = solved
     result.changed += 1
-    state.report.layers.append(
-        Layer(
-            linear.name,
-            scheme_label(scheme),
-            list(w.shape),
-            walk.solver,
-            error,
-            qtensor.bits_per_weight,
-            note="; ".join(notes),
-        )
-    )
+    label, bits = scheme_label(scheme), qtensor.bits_per_weight
+    layer = Layer(linear.name, label, list(w.shape), walk.solver, error, bits, note="; ".join(notes))
+    state.report.layers.append(layer)
 
 
 def relative_error(w: Tensor, q: Tensor, hessian: Tensor | None) -> float:

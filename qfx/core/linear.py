@@ -22,6 +22,7 @@ class Linear:
         axes: which axes of the parameter are the (experts, out, in) axes; experts may be empty.
         bias: the name of the bias that the op or the add after it applies, if it is a plain parameter.
         y: the output value, after that add.
+        offsets: int32 `[experts]`, the end of each expert's rows of x, for a grouped product.
         foreign_bias: the op adds a bias that is not a 1-D parameter, so that the rows cannot be mapped alone.
     """
 
@@ -33,6 +34,7 @@ class Linear:
     bias: str | None
     y: fx.Node
     foreign_bias: bool = False
+    offsets: fx.Node | None = None
 
     @property
     def experts(self) -> bool:

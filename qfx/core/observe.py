@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from .graph import Graph
+from .linear import Linear
 from .statistic import Statistic
 
 
@@ -35,6 +37,32 @@ class Observe:
         for statistic in self.statistics:
             statistic.update(seen)
         return x
+
+
+class ObserveExperts(Observe):
+    """Like `Observe`, with a statistic for each expert: of its rows of `[tokens, channels]`, or its entry of a 3-D x."""
+
+    def __call__(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """Updates each expert's statistic with its own tokens; `offsets` are the ends of the experts' rows."""
+        if offsets is None:
+            parts: Sequence[Tensor] = list(x.detach())
+        else:
+            ends = [0, *offsets.tolist()]
+            parts = [x.detach()[a:b] for a, b in itertools.pairwise(ends)]
+        for statistic, part in zip(self.statistics, parts, strict=True):
+            statistic.update(part)
+        return x
+
+
+def insert_experts(graph: Graph, linear: Linear, statistics: Sequence[Statistic]) -> fx.Node:
+    """Puts an observer with a statistic for each expert in front of one product; `remove` removes it."""
+    inputs = (linear.x,) if linear.offsets is None else (linear.x, linear.offsets)
+    with graph.fx.inserting_before(linear.node):
+        node = graph.fx.create_node("call_function", ObserveExperts(statistics), inputs)
+    node.meta = {k: v for k, v in linear.node.meta.items() if k == "nn_module_stack"}
+    linear.node.replace_input_with(linear.x, node)
+    graph.touch()
+    return node
 
 
 def insert(graph: Graph, wanted: Mapping[fx.Node, Sequence[Statistic]]) -> list[fx.Node]:

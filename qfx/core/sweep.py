@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from . import observe
 from .graph import Env, Graph, Segment
+from .linear import Linear
 from .statistic import Statistic
 
 
@@ -40,11 +41,24 @@ class Sweep:
         return self.index >= len(self.segments)
 
     @torch.no_grad()
-    def observe(self, wanted: Mapping[fx.Node, Sequence[Statistic]], *, through: int | None = None) -> None:
-        """Measures statistics of values in the next segment, or in those up to segment `through`; does not move on."""
-        if not wanted:
+    def observe(
+        self,
+        wanted: Mapping[fx.Node, Sequence[Statistic]],
+        *,
+        through: int | None = None,
+        experts: Mapping[Linear, Sequence[Statistic]] | None = None,
+    ) -> None:
+        """Measures values in the next segment, or in those up to segment `through`; does not move on.
+
+        Args:
+            wanted: for a value, the statistics of its tokens.
+            through: the last segment to run.
+            experts: for a product over experts, a statistic of each expert's own tokens.
+        """
+        if not wanted and not experts:
             return
         added = observe.insert(self.graph, wanted)
+        added += [observe.insert_experts(self.graph, lin, found) for lin, found in (experts or {}).items()]
         try:
             nodes, drop = self._range(through)
             last = max((i for i, n in enumerate(nodes) if n in set(added)), default=-1)

@@ -1,0 +1,102 @@
+"""Replaces ops that write in place, so that a value is the same whoever reads it, and whenever.
+
+An op on a value that nobody reads under another name becomes the op that returns its result. One on a slice becomes that op
+and a write of the whole, as in `torch.cat` by parts. Anything else is left to the caller.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+_SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+_KEEP_DTYPE = {"copy", "fill", "index_put", "scatter", "masked_fill", "detach", "zero"}
+
+
+def writes_in_place(graph: fx.Graph) -> bool:
+    """Whether any op changes one of its inputs."""
+    return any(_schema(n) is not None and _schema(n).is_mutable for n in graph.nodes)
+
+
+def functionalize(graph: fx.Graph) -> bool:
+    """Replaces all such ops if it can; False if some are left (those before it are replaced, and the graph is right)."""
+    for node in list(graph.nodes):
+        schema = _schema(node)
+        if schema is not None and schema.is_mutable and not _replace(graph, node):
+            return False
+    return True
+
+
+def _replace(graph: fx.Graph, node: fx.Node) -> bool:
+    twin, written = _twin(node), node.args[0] if node.args else None
+    if twin is None or not isinstance(written, fx.Node):
+        return False
+    order = list(graph.nodes)
+    later = set(order[order.index(node) + 1 :])
+    base, views = _base(written)
+    stale = {a for a in _aliases(base) - later - {node, written} if not later.isdisjoint(a.users)}
+    scatter = _SCATTERS.get(written.target)
+    if base.op != "call_function" or (stale and not (stale == {base} and views == [written] and scatter)):
+        return False
+    with graph.inserting_before(node):
+        part = graph.call_function(twin, node.args, node.kwargs)
+        now = {node: part, written: part}
+        if stale:
+            now[base] = graph.call_function(scatter, (base, part, *written.args[1:]), written.kwargs)
+    for old, new in now.items():
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new, delete_user_cb=later.__contains__)
+    graph.erase_node(node)
+    return True
+
+
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None) if node.op == "call_function" else None
+
+
+def _twin(node: fx.Node) -> Any:
+    """The op that returns what this one writes, if it surely has the same dtype."""
+    schema = _schema(node)
+    namespace, _, name = schema.name.partition("::")
+    first, *rest = schema.arguments
+    alone = first.is_write and not any(a.is_write for a in rest) and len(schema.returns) == 1
+    if namespace != "aten" or not name.endswith("_") or not alone:
+        return None
+    twin = getattr(getattr(aten, name[:-1], None), schema.overload_name or "default", None)
+    dtypes = {n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)}
+    return twin if name[:-1] in _KEEP_DTYPE or len(dtypes) == 1 else None
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The value that a node's result may share memory with."""
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    schema = _schema(node)
+    shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return node.args[0] if shares and node.args and isinstance(node.args[0], fx.Node) else None
+
+
+def _base(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The value whose memory a node shares, and the views on the way."""
+    path: list[fx.Node] = []
+    while (source := _viewed(node)) is not None:
+        path.append(node)
+        node = source
+    return node, path
+
+
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """A value and all views of it."""
+    found, queue = {node}, [node]
+    while queue:
+        for user in queue.pop().users:
+            if user not in found and _viewed(user) in found:
+                found.add(user)
+                queue.append(user)
+    return found
