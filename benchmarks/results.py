@@ -66,6 +66,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "W4A16 g128, RTN with MSE clipping": recipe("W4A16", {"rtn": {"clip": "mse"}}),
     "W4A16 g128, GPTQ": recipe("W4A16", "gptq"),
     "W4A16 g128, GPTQ act_order": recipe("W4A16", GPTQ_ORDER),
+    "W4A16 g128, SmoothQuant 0.5 then RTN": recipe("W4A16", smooth(), "rtn"),
+    "W4A16 g128, SmoothQuant 0.5 then GPTQ": recipe("W4A16", smooth(), "gptq"),
     "W4A16_ASYM g128, RTN": recipe("W4A16_ASYM", "rtn"),
     "W4A16_ASYM g128, GPTQ": recipe("W4A16_ASYM", "gptq"),
     "W4A16 channel, RTN": recipe("W4A16_CHANNEL", "rtn"),
@@ -77,6 +79,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "W2A16_ASYM g64, GPTQ act_order": recipe("W2A16_ASYM_G64", GPTQ_ORDER),
     "W4A8 g128, RTN": recipe("W4A8", "rtn"),
     "W4A8 g128, GPTQ": recipe("W4A8", "gptq"),
+    "W4A8 g128, SmoothQuant 0.5 then GPTQ": recipe("W4A8", smooth(), "gptq"),
 }
 
 

@@ -73,13 +73,12 @@ def _twin(node: fx.Node) -> Any:
 
 def _viewed(node: fx.Node) -> fx.Node | None:
     """The value that a node's result may share memory with."""
-    if node.op != "call_function":
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    if not isinstance(source, fx.Node):
         return None
-    if node.target is operator.getitem:
-        return node.args[0] if isinstance(node.args[0], fx.Node) else None
-    schema = _schema(node)
-    shares = schema is not None and any(r.alias_info is not None for r in schema.returns)
-    return node.args[0] if shares and node.args and isinstance(node.args[0], fx.Node) else None
+    # a part of a tuple shares what the op that made the tuple shares
+    schema = _schema(source if node.target is operator.getitem else node)
+    return source if schema is not None and any(r.alias_info is not None for r in schema.returns) else None
 
 
 def _base(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
