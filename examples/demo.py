@@ -1,7 +1,7 @@
 """`make demo`: quantizes a small trained model with eight recipes, and prints what each of them costs.
 
-Everything is in the package (`qfx.assets`), so nothing is downloaded. Two minutes at most on two CPU cores. The exit code is
-not zero if a number is not what it should be.
+Everything is in the package (`qfx.assets`), so nothing is downloaded. It takes less than two minutes on two CPU cores.
+The exit code is not zero if a number is not what it should be.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RECIPES: dict[str, Any] = {
     "w3a16 g64, gptq": groups_of_64(3, GPTQ),
 }
 MOST = {"w8a8": 1.02, "fp8-": 1.02, "w4a1": 1.10, "w3a1": 1.40}
-"""Perplexity over the float model's, by the beginning of a recipe's name: far above what is measured, far below broken."""
+"""The largest perplexity over the float model's, by the first letters of a recipe: above what is measured, below broken."""
 
 
 def main() -> int:
@@ -78,13 +78,12 @@ def main() -> int:
         wrong = problems(base, quantized, found)
         wrong += generate_and_reload(console, quantized[SAVED], model, tokenizer, calibration[0])
     console.print(Text("\nThe report of w8a8-smoothquant, as print(model.qfx.report) gives it:", style="bold"))
-    console.print(Text(str(quantized["w8a8-smoothquant"].qfx.report)))
+    console.print(Text(str(quantized["w8a8-smoothquant"].qfx.report)), soft_wrap=True)
     for problem in wrong:
         console.print(Text(f"error: {problem}", style="red"))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    console.print(
-        f"\n{torch.get_num_threads()} threads on {platform.machine()}, {versions}: {time.perf_counter() - began:.0f} s"
-    )
+    threads = f"{torch.get_num_threads()} threads on {platform.machine()}"
+    console.print(Text(f"\n{threads}, {versions}: {time.perf_counter() - began:.0f} s"), soft_wrap=True)
     return 1 if wrong else 0
 
 
@@ -155,7 +154,7 @@ def generate_and_reload(console: Console, model: Any, original: Any, tokenizer: 
         same = same and torch.equal(written[SAVED], written["loaded"])
         for who in ("float", SAVED):
             text = tokenizer.decode(written[who][0], skip_special_tokens=True)
-            console.print(Text(f"{who:>{len(SAVED)}}: {' '.join(text.split())}"))
+            console.print(Text(f"{who:>{len(SAVED)}}: {' '.join(text.split())}"), soft_wrap=True)
     verdict = "the same logits and the same tokens" if same else "NOT the same"
     console.print(Text(f"\nsaved ({stored:.2f} MB with the tokenizer) and loaded: {verdict}"))
     return [] if same else ["the loaded model is not the one that was saved"]

@@ -17,13 +17,14 @@ from torch.utils import _pytree as pytree
 from qfx.passes.discover.capture import capture, check_feeds, exportable, fixed_size, input_names
 from qfx.passes.discover.linears import find_linears
 from qfx.passes.discover.plan import make_plan, untie
-from qfx.passes.discover.sites import find_sites
+from qfx.passes.discover.sites import find_sites, norm_gains
 from qfx.passes.lower.modules import Lower
 
 from . import data as _data
 from ._tree import stored_names
 from .core.errors import CalibrationError, PassError, RecipeError
 from .core.graph import Graph
+from .core.online import GAIN
 from .core.passes import Progress, State, run_pass
 from .core.report import Layer, Miss, Report
 from .package import Quantized, attach
@@ -129,7 +130,8 @@ def discover(
     for name, why in odd.items():
         if name not in found:
             report.layers.append(Layer(name.removesuffix(".weight"), None, list(graph.attr(name).shape), note=why))
-    return State(graph, linears, sites, plan.schemes, batches, report, progress=show, tolerance=tolerance)
+    norms = norm_gains(graph)
+    return State(graph, linears, sites, plan.schemes, batches, report, norms, progress=show, tolerance=tolerance)
 
 
 def check_model(model: nn.Module) -> None:
@@ -225,7 +227,7 @@ def _check_whole(state: State, original: nn.Module, inplace: bool, reference: Se
         )
     source = dict(original.named_parameters(remove_duplicate=False))
     for name, p in state.graph.module.named_parameters(remove_duplicate=False):
-        p.data.copy_(source[name]) if name in source else p.data.zero_()
+        p.data.copy_(source[name]) if name in source else p.data.fill_(float(name.endswith(GAIN)))
     why = f"undone: together, the folds changed the model's output by {error:.2g} (at most {state.tolerance:.0e})"
     report.misses += [Miss(f.site, why, f.step, f.weights) for f in report.folds]
     report.folds.clear()

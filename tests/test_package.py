@@ -158,9 +158,10 @@ def test_settings_that_config_json_leaves_out(quantized: Callable[[str], Case], 
     name, model, inputs = quantized("experts")
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
+    model.set_experts_implementation("batched_mm")
     model.generation_config.max_new_tokens = 3
     loaded = reload(tmp_path / "saved", name, model)
-    assert loaded.config._attn_implementation == "eager" and loaded.config._experts_implementation == "grouped_mm"
+    assert loaded.config._attn_implementation == "eager" and loaded.config._experts_implementation == "batched_mm"
     assert loaded.generation_config.max_new_tokens == 3 and same(model, loaded, inputs)
     assert qfx.load(tmp_path / "saved", attn_implementation="sdpa").config._attn_implementation == "sdpa"
 

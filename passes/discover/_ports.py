@@ -109,9 +109,28 @@ def missing_bias(graph: Graph, linear: Linear) -> str | None:
         module = graph.module.get_submodule(linear.name)
     except AttributeError:
         return f"{linear.name} is a parameter of its module's own forward, which adds no bias"
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return None
-    return f"{linear.name} has no bias and {type(module).__name__}.forward is not nn.Linear's"
+    if layer_path(linear.node) != linear.name or not _would_add_bias(module):
+        return f"{linear.name} has no bias, and its module's forward adds none"
+    return None
+
+
+def _would_add_bias(module: nn.Module) -> bool:
+    """Whether a module without a bias adds one as soon as it has it, found out by giving it one for a moment."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or module.bias is not None or not isinstance(weight, Tensor):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    x = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device)
+    bias = torch.linspace(1, 2, module.out_features, dtype=weight.dtype, device=weight.device)
+    try:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+        y = module(x)
+        return isinstance(y, Tensor) and y.shape[-1:] == bias.shape and torch.equal(y.reshape(-1), bias)
+    except Exception:  # whatever its forward makes of it: then it cannot take one
+        return False
+    finally:
+        module.bias = None
 
 
 def _chain(graph: Graph, value: object) -> tuple[fx.Node, list[fx.Node]] | None:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from qfx.core.graph import Env, Graph
 from qfx.core.linear import Linear
 from qfx.core.report import Miss
-from qfx.core.site import Reader, Site, Writer
+from qfx.core.site import Gain, Reader, Site, Writer
 from qfx.passes.discover._ports import missing_bias, norm_writers, other_uses
 from qfx.passes.discover._probe import TOLERANCE, Blocked, Prober, Trace, nearest
 
@@ -44,6 +44,11 @@ def find_sites(graph: Graph, linears: list[Linear], env: Env, *, seed: int = 0) 
         except Blocked as e:
             rejected.append((value, writer.name, e.why))
     return sites, _uncovered(graph, linears, sites, rejected, prober)
+
+
+def norm_gains(graph: Graph) -> dict[fx.Node, Gain]:
+    """The gain of each norm, by the value that it writes."""
+    return {p.value: p.writer.gain for p in norm_writers(graph) if p.writer.gain is not None}
 
 
 def _prove(graph: Graph, prober: Prober, value: fx.Node, writer: Writer) -> list[Site]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qfx.core.errors import KernelError
 from qfx.core.graph import layer_path
 from qfx.core.linear import Linear
+from qfx.core.online import carry_online
 from qfx.core.passes import Result, Solved, State
 from qfx.core.report import Miss
 from qfx.core.simulate import FakeQuantize
@@ -62,6 +63,7 @@ def replace_layer(root: nn.Module, linear: Linear, weight: str, solved: Solved, 
         qtensor = solved.qtensor.to(parameter.device)
         module = QLinear.from_qtensor(qtensor, bias, solved.scheme, dtype=parameter.dtype, **given)
         module.train(False)
+        carry_online(root.get_submodule(linear.name), module)
         replace_module(root, root.get_submodule(linear.name), module)
         return module.op
     path, _, leaf = weight.rpartition(".")

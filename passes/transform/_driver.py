@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from qfx.core.fold import fold
-from qfx.core.graph import Graph
+from qfx.core.graph import Graph, layer_path
+from qfx.core.linear import Linear
 from qfx.core.maps import Diagonal, Map, Shift
+from qfx.core.online import add_online, online_site
 from qfx.core.passes import Result, State
 from qfx.core.report import Fold, Miss
 from qfx.core.site import Site
@@ -94,7 +96,9 @@ def _fold_one(  # noqa: PLR0913
     undo: list[Callable[[], None]] = []
     nodes = [n for s in sweep.segments[sweep.index : through + 1] for n in s.nodes]
     with graph.in_float32(nodes):
-        if prepare is not None and (back := prepare(graph, site)) is not None:
+        if site.kind == "online":
+            undo.append(add_online(graph, site))
+        elif prepare is not None and (back := prepare(graph, site)) is not None:
             undo.append(back)
         undo += [fold(graph, site, m) for m in maps]
         after = sweep.outputs(checked, through=through)
@@ -107,8 +111,9 @@ def _fold_one(  # noqa: PLR0913
     if error <= state.tolerance:
         result.changed += 1
         readers = [r.linear.name for r in site.readers]
+        writers = [] if site.kind == "online" else [site.writer.name]
         state.report.folds.append(
-            Fold(site.name, _describe(site), step, kinds, [site.writer.name], readers, weights, error)
+            Fold(site.name, _describe(site), step, kinds, writers, readers, weights, error, site.kind == "online")
         )
     else:
         why = f"undone: folding {kinds} changed its block by {error:.2g} (at most {state.tolerance:.0e} is allowed)"
@@ -138,11 +143,29 @@ def difference(before: list[list[Any]], after: list[list[Any]]) -> float:
 
 
 def wanted_sites(state: State, kinds: set[str]) -> list[Site]:
-    """Sites of some kinds that a quantized linear reads; all of them if the recipe quantizes nothing."""
-    return [
+    """Sites of some kinds that a quantized linear reads; all of them if the recipe quantizes nothing.
+
+    The kind "online" adds a site at each value that no site covers, to be mapped at run time.
+    """
+    found = [
         s
         for s in state.sites
         if s.kind in kinds and (not state.plan or any(r.linear.weight in state.plan for r in s.readers))
+    ]
+    return found + (_online_sites(state, found) if "online" in kinds else [])
+
+
+def _online_sites(state: State, covered: Sequence[Site]) -> list[Site]:
+    done = {r.linear.weight for s in covered for r in s.readers}
+    readers: dict[fx.Node, list[Linear]] = {}
+    for linear in state.linears:
+        wanted = linear.weight in state.plan if state.plan else True
+        free = len(state.graph.uses(linear.weight)) == 1 and not linear.experts
+        if wanted and free and linear.weight not in done and layer_path(linear.node) == linear.name:
+            readers.setdefault(linear.x, []).append(linear)
+    return [
+        online_site(value, group, all(lin.bias for lin in group), state.norms.get(value))
+        for value, group in readers.items()
     ]
 
 

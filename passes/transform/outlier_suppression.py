@@ -42,6 +42,8 @@ class OutlierSuppression:
         width: how far below 1 the ratio is searched (the paper's: 0.1 for 8 bits, 0.3 for 6, 0.9 for 4).
         step: of the search.
         batches: calibration batches on which the output error is measured.
+        online: where a norm's value is also the residual branch (post-norm models), divide by its gain at run time, in
+            front of the linears: one multiply-add for each group of them, where the paper multiplies the residual.
     """
 
     migrate: bool = True
@@ -49,6 +51,7 @@ class OutlierSuppression:
     width: float = 0.1
     step: float = 0.01
     batches: int = 4
+    online: bool = False
     name = "outlier_suppression"
     needs_data = True
 
@@ -59,7 +62,10 @@ class OutlierSuppression:
 
     def wanted(self, state: State) -> list[Site]:
         """The sites whose gain it migrates."""
-        return wanted_sites(state, {"norm"}) if self.migrate else []
+        if not self.migrate:
+            return []
+        found = wanted_sites(state, {"norm", "online"} if self.online else {"norm"})
+        return [s for s in found if s.writer.gain is not None]
 
     def __call__(self, state: State) -> Result:
         """Folds the gains away, then sets `state.ranges`."""

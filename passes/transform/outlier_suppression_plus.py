@@ -37,6 +37,7 @@ class OutlierSuppressionPlus:
         shift_rmsnorm: also on norms without a bias, which then get one (one more addition at run time).
         value: also fold between value and output projection.
         inner: also fold between the two linears of an MLP.
+        online: also map, at run time, the inputs that no norm or linear can take the map for (one multiply-add each).
     """
 
     steps: int = 32
@@ -44,6 +45,7 @@ class OutlierSuppressionPlus:
     shift_rmsnorm: bool = False
     value: bool = False
     inner: bool = True
+    online: bool = False
     name = "outlier_suppression_plus"
     needs_data = True
 
@@ -55,6 +57,7 @@ class OutlierSuppressionPlus:
     def wanted(self, state: State) -> list[Site]:
         """The sites that it takes."""
         kinds = {"norm"} | ({"value"} if self.value else set()) | ({"inner"} if self.inner else set())
+        kinds |= {"online"} if self.online else set()
         return wanted_sites(state, kinds)
 
     def __call__(self, state: State) -> Result:

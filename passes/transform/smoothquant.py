@@ -34,11 +34,13 @@ class SmoothQuant:
             keeps what moves the values ahead least under the target quantizers (ties: the smaller).
         smooth_o: also fold between the value projection and the attention's output projection.
         smooth_down: also fold between the two linears of an MLP, where the ops between them allow it.
+        online: also map, at run time, the inputs that no norm or linear can take the map for (one multiply-add each).
     """
 
     alpha: float | str = 0.5
     smooth_o: bool = False
     smooth_down: bool = False
+    online: bool = False
     name = "smoothquant"
     needs_data = True
 
@@ -51,6 +53,7 @@ class SmoothQuant:
     def wanted(self, state: State) -> list[Site]:
         """The sites that it takes."""
         kinds = {"norm"} | ({"value"} if self.smooth_o else set()) | ({"inner"} if self.smooth_down else set())
+        kinds |= {"online"} if self.online else set()
         return wanted_sites(state, kinds)
 
     def __call__(self, state: State) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .graph import Graph
 from .linear import Linear
@@ -92,22 +92,37 @@ def _shift(graph: Graph, site: Site, offset: Tensor, undo: list[Undo]) -> None:
 
 
 def ensure_bias(graph: Graph, linear: Linear, undo: list[Undo]) -> None:
-    """Gives a plain `nn.Linear` without a bias one of zeros, in the module and in the graph."""
+    """Gives an `nn.Linear` without a bias one of zeros, in the module and in the graph."""
     if linear.bias is not None:
         return
     module = graph.module.get_submodule(linear.name)
     assert isinstance(module, nn.Linear)
-    node, args = linear.node, linear.node.args
+    node, args, y = linear.node, linear.node.args, linear.y
     zeros = module.weight.new_zeros(module.out_features)
     name = f"{linear.name}.bias"
     constant = graph.add_parameter(name, zeros, before=node)
-    node.args = (*args[:2], constant)
+    added: fx.Node | None = None
+    if node.target is torch.ops.aten.linear.default:
+        node.args = (*args[:2], constant)
+    else:  # a product written out: the bias is added behind it, as the module will
+        with graph.fx.inserting_after(y):
+            added = graph.fx.create_node("call_function", torch.ops.aten.add.Tensor)
+        added.meta = dict(y.meta)
+        y.replace_all_uses_with(added)
+        added.args = (y, constant)
+        linear.y = added
     linear.bias = name
     if graph.working_dtype is not None:
         graph.overrides[name] = zeros.float()
+    graph.touch()
 
     def remove() -> None:
-        node.args = args
+        if added is None:
+            node.args = args
+        else:
+            added.replace_all_uses_with(y)
+            graph.fx.erase_node(added)
+            linear.y = y
         linear.bias = None
         graph.overrides.pop(name, None)
         graph.fx.erase_node(constant)

@@ -65,14 +65,35 @@ def insert_experts(graph: Graph, linear: Linear, statistics: Sequence[Statistic]
     return node
 
 
-def insert(graph: Graph, wanted: Mapping[fx.Node, Sequence[Statistic]]) -> list[fx.Node]:
-    """Puts an observer behind each value; its readers then read the observer. Returns the observer nodes."""
+def insert(
+    graph: Graph, wanted: Mapping[fx.Node, Sequence[Statistic]], inside: Sequence[fx.Node] | None = None
+) -> list[fx.Node]:
+    """Puts an observer behind each value; its readers then read the observer. Returns the observer nodes.
+
+    Args:
+        graph: changed; `remove` is the inverse.
+        wanted: the statistics of each value.
+        inside: the nodes that will be run. A value from before them is observed in front of its first reader among them.
+    """
+    order = {n: i for i, n in enumerate(inside or ())}
     added = []
     for value, statistics in wanted.items():
-        with graph.fx.inserting_after(value):
+        users = list(value.users)
+        if inside is not None and value not in order:
+            users = [u for u in users if u in order]
+            if not users:
+                continue
+            place = graph.fx.inserting_before(min(users, key=order.__getitem__))
+        else:
+            place = graph.fx.inserting_after(value)
+        near = value if inside is None or value in order else min(users, key=order.__getitem__)
+        with place:
             node = graph.fx.create_node("call_function", Observe(statistics), (value,), name=f"observe_{value.name}")
-        node.meta = {k: v for k, v in value.meta.items() if k in ("val", "nn_module_stack")}
-        value.replace_all_uses_with(node, delete_user_cb=lambda user, me=node: user is not me)  # type: ignore[misc]
+        node.meta = {"val": value.meta.get("val")}
+        if "nn_module_stack" in near.meta:
+            node.meta["nn_module_stack"] = near.meta["nn_module_stack"]
+        for user in users:
+            user.replace_input_with(value, node)
         added.append(node)
     graph.touch()
     return added

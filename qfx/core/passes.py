@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from .errors import PassError, QfxError
 from .graph import Graph
 from .linear import Linear
 from .qtensor import QTensor
 from .report import Miss, Report, StepRecord
-from .site import Site
+from .site import Gain, Site
 from .spec import Scheme
 
 Progress = Callable[[str, int, int], None]
@@ -49,6 +49,7 @@ class State:
         sites: every proved site, in graph order.
         plan: the scheme of each parameter that will be quantized, by parameter name.
         batches: the calibration set, inputs by name.
+        norms: the gain of each norm, by the value that it writes.
         ranges: the static input range (lo, hi) of a parameter's input, where a pass has fixed one.
         solved: what the solvers decided, by parameter name.
         report: what was done.
@@ -62,6 +63,7 @@ class State:
     plan: dict[str, Scheme]
     batches: list[dict[str, Tensor]]
     report: Report
+    norms: dict[fx.Node, Gain] = field(default_factory=dict)
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     solved: dict[str, Solved] = field(default_factory=dict)
     progress: Progress = lambda what, done, total: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,11 +27,15 @@ class Shifted:
         return super().forward(*args, **kwargs) + self.shift  # type: ignore[misc]
 
 
+@functools.cache  # one class for all modules of a kind: torch.compile guards on the type
+def _shifted_class(cls: type) -> type:
+    return type(cls.__name__, (Shifted, cls), {"__module__": cls.__module__})
+
+
 def make_shifted(module: nn.Module, shift: torch.Tensor) -> None:
     """Gives a norm module an additive parameter; its other parameters keep their names, its class keeps its name."""
     if not isinstance(module, Shifted):
-        cls = type(module)
-        module.__class__ = type(cls.__name__, (Shifted, cls), {"__module__": cls.__module__})
+        module.__class__ = _shifted_class(type(module))
     module.register_parameter(NAME, nn.Parameter(shift, requires_grad=False))
 
 

@@ -6,6 +6,7 @@ The grammar of names is `W<bits>A<bits>` with suffixes, and compressed-tensors' 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,8 +38,8 @@ class QSpec:
 
     def __post_init__(self) -> None:
         """Refuses what no quantizer computes."""
-        if any(b == 0 or b < -1 for b in self.block):
-            raise ValueError(f"spec: block {self.block} must be positive, or -1 for the whole axis")
+        if len(self.block) != 2 or any(not isinstance(b, int) or b == 0 or b < -1 for b in self.block):
+            raise ValueError(f"spec: block {self.block} must be two sizes, positive or -1 for the whole axis")
         if not self.symmetric and not (isinstance(self.grid, Int) and not self.grid.signed):
             raise ValueError("spec: an asymmetric spec needs an unsigned integer grid")
         if self.symmetric and isinstance(self.grid, Int) and not self.grid.signed:
@@ -141,9 +142,17 @@ def parse_scheme(name: str) -> Scheme:
         raise RecipeError(f"recipe: scheme {name!r} asks for weights of {w} bits; use 1 to 8")
     if not (2 <= a <= 8 or a == 16):
         raise RecipeError(f"recipe: scheme {name!r} asks for activations of {a} bits; use 2 to 8, or 16")
+    given = re.sub("_STATIC_ASYM", "_STATIC", flags).split("_")[1:]
+    blocks = [f for f in given if f in ("TENSOR", "CHANNEL") or f[0] == "G"]
+    if len(blocks) > 1 or len(set(given)) < len(given):
+        raise RecipeError(f"recipe: scheme {name!r} says {' and '.join(blocks if len(blocks) > 1 else given)}; use one")
     static = "_STATIC" in flags
     asym_input = "_STATIC_ASYM" in flags
     asym_weight = "_ASYM" in flags.replace("_STATIC_ASYM", "")
+    if w == 1 and not asym_weight:
+        raise RecipeError(
+            f"recipe: scheme {name!r} has the codes -1 and 0 and would round every weight to 0; use 'W1A{a}_ASYM'"
+        )
     if static and a == 16:
         raise RecipeError(f"recipe: scheme {name!r} is static but keeps float activations; drop '_STATIC'")
     if group := re.search(r"_G(\d+)", flags):
@@ -196,16 +205,14 @@ def scheme_label(scheme: Scheme) -> str:
     for name, preset in PRESETS.items():
         if preset == scheme:
             return name
-    for base in (f"W{scheme.weight.grid.bits}A{scheme.input.grid.bits if scheme.input else 16}",):
-        size = scheme.weight.block[1]
-        for weight in ("", "_ASYM"):
-            for block in ("", "_CHANNEL", "_TENSOR", *((f"_G{size}",) if size > 0 else ())):
-                for x in ("", "_STATIC", "_STATIC_ASYM"):
-                    if x and scheme.input is None:
-                        continue
-                    name = base + weight + block + x
-                    if parse_scheme(name) == scheme:
-                        return name
+    base = f"W{scheme.weight.grid.bits}A{scheme.input.grid.bits if scheme.input else 16}"
+    size = scheme.weight.block[1]
+    for weight in ("", "_ASYM"):
+        for block in ("", "_CHANNEL", "_TENSOR", *((f"_G{size}",) if size > 0 else ())):
+            for x in ("", "_STATIC", "_STATIC_ASYM"):
+                with contextlib.suppress(RecipeError):  # not every combination is a scheme
+                    if parse_scheme(base + weight + block + x) == scheme:
+                        return base + weight + block + x
     return f"{_describe(scheme.weight)} x {_describe(scheme.input) if scheme.input else 'float'}"
 
 

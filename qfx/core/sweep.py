@@ -57,7 +57,7 @@ class Sweep:
         """
         if not wanted and not experts:
             return
-        added = observe.insert(self.graph, wanted)
+        added = observe.insert(self.graph, wanted, self._range(through)[0])
         added += [observe.insert_experts(self.graph, lin, found) for lin, found in (experts or {}).items()]
         try:
             nodes, drop = self._range(through)

@@ -1,12 +1,16 @@
 """Graphs of the zoo's models, exported once a process: an export takes seconds, a copy of it milliseconds."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from qfx.core.graph import Env, Graph
 from qfx.core.linear import Linear
@@ -15,6 +19,8 @@ from qfx.passes.discover.capture import capture
 from qfx.passes.discover.linears import find_linears
 from qfx.passes.discover.sites import find_sites
 from tests.zoo import ZOO
+
+Feeds = dict[str, Tensor]
 
 
 @dataclass
@@ -25,11 +31,13 @@ class Captured:
         graph: Its module is a copy of its own.
         feeds: The model's inputs by name.
         linears: All of the graph's.
+        dtype: Of the parameters.
     """
 
     graph: Graph
-    feeds: dict[str, Tensor]
+    feeds: Feeds
     linears: list[Linear]
+    dtype: torch.dtype
 
     @property
     def module(self) -> nn.Module:
@@ -44,34 +52,52 @@ class Captured:
     def env(self) -> Env:
         """Return every value of a run."""
         env: Env = {}
-        self.graph.execute(self.graph.nodes, env, feeds=self.feeds)
+        with self._widest():
+            self.graph.execute(self.graph.nodes, env, feeds=self.feeds)
         return env
 
     @torch.no_grad()
-    def run(self, feeds: dict[str, Tensor] | None = None) -> list[Tensor]:
-        """Return the floating outputs of the graph."""
-        return floats(self.graph.run(feeds or self.feeds))
+    def run(self, feeds: Feeds | None = None) -> list[Tensor]:
+        """Return the floating outputs of the graph; of a float64 model, all is computed in float64."""
+        with self._widest():
+            return floats(self.graph.run(feeds or self.feeds))
 
     @torch.no_grad()
-    def call(self, feeds: dict[str, Tensor] | None = None) -> list[Tensor]:
-        """Return the floating outputs of the module's own forward."""
-        return floats(self.module(**(feeds or self.feeds)))
+    def call(self, feeds: Feeds | None = None) -> list[Tensor]:
+        """Return the floating outputs of the module's own forward; of a float64 model, all is computed in float64."""
+        if self.dtype is not torch.float64:
+            return floats(self.module(**(feeds or self.feeds)))
+        if hasattr(self.module, "set_experts_implementation"):
+            self.module.set_experts_implementation("eager")  # the others take no float64
+        with _Widest():
+            return floats(self.module(**(feeds or self.feeds)))
+
+    @contextmanager
+    def _widest(self) -> Iterator[None]:
+        self.graph.working_dtype = torch.float64 if self.dtype is torch.float64 else None
+        try:
+            yield
+        finally:
+            self.graph.working_dtype = None
+
+
+class _Widest(TorchFunctionMode):
+    """Computes in float64 what a module's code asks to compute in float32, as norms and softmax do."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map(lambda a: torch.float64 if a is torch.float32 else a, (args, kwargs or {}))
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
 
 
 def captured(name: str, dtype: torch.dtype = torch.float32) -> Captured:
-    """Return the zoo's model `name`, as if it had just been captured.
-
-    In float64 the parameters are, and the graph computes all of it, also where the model asks for float32.
-    """
+    """Return the zoo's model `name`, as if it had just been captured in `dtype`."""
+    # The graph of a float32 model serves for float64 too: `run` and `call` cast whatever they compute.
     graph, feeds = _capture(name, torch.float32 if dtype is torch.float64 else dtype)
-    nodes: dict[fx.Node, fx.Node] = {}
     text = fx.Graph()
-    text.output(text.graph_copy(graph.fx, nodes))
-    graph = Graph(copy.deepcopy(graph.module), text, graph.constants, graph.out_spec)
-    if dtype is torch.float64:
-        graph.module.double()
-        graph.working_dtype = dtype
-    return Captured(graph, dict(feeds), find_linears(graph)[0])
+    text.output(text.graph_copy(graph.fx, {}))
+    graph = Graph(copy.deepcopy(graph.module).to(dtype), text, graph.constants, graph.out_spec)
+    feeds = {k: v.to(dtype) if v.is_floating_point() else v for k, v in feeds.items()}
+    return Captured(graph, feeds, find_linears(graph)[0], dtype)
 
 
 def floats(output: object) -> list[Tensor]:
@@ -88,7 +114,7 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 @cache
-def _capture(name: str, dtype: torch.dtype) -> tuple[Graph, dict[str, Tensor]]:
+def _capture(name: str, dtype: torch.dtype) -> tuple[Graph, Feeds]:
     model, feeds = ZOO[name].load()
     feeds = {k: v.to(dtype) if v.is_floating_point() else v for k, v in feeds.items()}
     return capture(model.to(dtype), feeds), feeds

@@ -1,0 +1,222 @@
+"""Quantized tensors: scales, codes within half a step, and one arithmetic for weights and activations."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from qfx.core.grid import E4M3, E5M2, Float, Int
+from qfx.core.qtensor import (
+    QTensor,
+    blocked,
+    dynamic_scale,
+    encode,
+    encode_minmax,
+    fake_quantize,
+    scale_from_range,
+    spread,
+)
+from qfx.core.spec import QSpec, parse_scheme
+
+GRIDS = {
+    "int8": Int(8),
+    "int8_narrow": Int(8, narrow=True),
+    "uint8": Int(8, signed=False),
+    "int4": Int(4),
+    "uint4": Int(4, signed=False),
+    "int3": Int(3),
+    "uint2": Int(2, signed=False),
+    "uint1": Int(1, signed=False),
+    "e4m3": E4M3,
+    "e5m2": E5M2,
+}
+BLOCKS = {"tensor": (-1, -1), "channel": (1, -1), "group": (1, 8), "tensor_group": (-1, 8)}
+SPECS = {
+    f"{grid}-{block}": QSpec(g, b, symmetric=not grid.startswith("uint"))
+    for grid, g in GRIDS.items()
+    for block, b in BLOCKS.items()
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+OUT, IN = 6, 24
+INT8, UINT8, INT4G = SPECS["int8_narrow-channel"], SPECS["uint8-channel"], SPECS["int4-group"]
+
+
+def draw(*shape: int) -> Tensor:
+    """Off-centre rows of very different sizes; one is zero, one has one sign."""
+    w = torch.randn(shape) * torch.logspace(-6, 3, shape[-2])[:, None] + 0.3
+    w[..., 1, :] = 0
+    w[..., 2, :] = w[..., 2, :].abs() + 5
+    return w
+
+
+def half_step(q: QTensor) -> Tensor:
+    """The largest error that rounding to the nearest value in range can make."""
+    scale = q.per_column()[0].double()
+    grid = q.spec.grid
+    if isinstance(grid, Int):
+        return scale / 2
+    ulp = 2.0 ** (-grid.man - 1)  # half of the last place, relative to a power of two
+    smallest = 2.0 ** (2 - 2 ** (grid.exp - 1))  # the least normal number; below it the steps are all alike
+    return scale * ulp * torch.exp2((q.dequantize().double().abs() / scale).clamp_min(smallest).log2().floor())
+
+
+@every_spec
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["linear", "experts"])
+def test_codes_are_within_half_a_step(spec: QSpec, lead: tuple[int, ...]) -> None:
+    w = draw(*lead, OUT, IN)
+    q = encode_minmax(w, spec)
+    groups = IN // spec.block[1] if spec.block[1] > 0 else 1
+    assert q.scale.shape == (*lead, 1 if spec.block[0] == -1 else OUT, groups)
+    assert q.scale.dtype == torch.float32 and q.codes.dtype == spec.grid.dtype and q.codes.shape == w.shape
+    assert (q.zero is None) == spec.symmetric
+    # the quotient, the product, and the rounded scale are off by a 2^-24th each of up to 2^8 steps
+    error = (w.double() - q.dequantize().double()).abs()
+    assert bool((error <= half_step(q) * (1 + 2**-13) + 1e-30).all())
+    if lead:  # each expert is a weight of its own
+        assert q.dequantize().equal(torch.stack([encode_minmax(expert, spec).dequantize() for expert in w]))
+
+
+@every_spec
+def test_encoding_again_changes_nothing(spec: QSpec) -> None:
+    q = encode_minmax(draw(OUT, IN), spec)
+    again = encode(q.dequantize(), q.scale, q.zero, spec)
+    assert again.dequantize().equal(q.dequantize())
+
+
+@every_spec
+def test_fake_quantize_is_encode_and_dequantize(spec: QSpec) -> None:
+    w = draw(OUT, IN)
+    q = encode_minmax(w, spec)
+    scale, zero = q.per_column()
+    for dtype in (torch.float32, torch.bfloat16):
+        found = fake_quantize(w.to(dtype), scale, zero, spec)
+        assert found.dtype == dtype
+        assert found.equal(encode(w.to(dtype), q.scale, q.zero, spec).dequantize(dtype))
+
+
+@pytest.mark.parametrize("block", [(-1, -1), (1, -1), (1, 8), (-1, 8)])
+def test_blocks_hold_what_shares_a_scale(block: tuple[int, int]) -> None:
+    w = torch.arange(OUT * IN).view(OUT, IN)
+    rows, columns = (OUT if block[0] == -1 else 1), (IN if block[1] == -1 else block[1])
+    found = blocked(w, QSpec(Int(8), block))
+    assert found.shape == (OUT // rows, IN // columns, rows * columns)
+    for i in range(OUT // rows):
+        for j in range(IN // columns):
+            part = w[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+            assert set(found[i, j].tolist()) == set(part.flatten().tolist())
+    assert blocked(torch.stack([w, -w]), QSpec(Int(8), block)).equal(torch.stack([found, -found]))
+
+
+def test_blocks_that_are_not_supported_are_refused() -> None:
+    with pytest.raises(ValueError, match="blocks of 2 rows"):
+        blocked(torch.ones(4, 8), QSpec(Int(8), (2, -1)))
+    with pytest.raises(ValueError, match="group_size 5 does not divide 8"):
+        blocked(torch.ones(4, 8), QSpec(Int(8), (1, 5)))
+    with pytest.raises(ValueError, match=r"activations in blocks of \(1, 8\)"):
+        dynamic_scale(torch.ones(4, 8), INT4G)
+
+
+def test_a_symmetric_scale_is_a_true_division() -> None:
+    top = torch.rand(2000) * 10
+    wanted = torch.tensor([x / 127 for x in top.tolist()])  # in float64, then rounded once
+    assert not (top * (1 / 127)).equal(wanted)  # the product with the reciprocal is another number
+    for lo, hi in ((-top, top / 2), (-top / 2, top)):
+        scale, zero = scale_from_range(lo, hi, INT8)
+        assert zero is None and scale.equal(wanted)
+    assert scale_from_range(-top, top, SPECS["int8-channel"])[0].equal(torch.tensor([x / 127.5 for x in top.tolist()]))
+    assert scale_from_range(top, top, SPECS["e4m3-channel"])[0].equal(top / 448)
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "scale", "zero"),
+    [
+        (-1.0, 254.0, 1.0, 1),
+        (-255.0, 255.0, 2.0, 128),  # 127.5 rounds to even
+        (3.0, 510.0, 2.0, 0),  # a range above 0 is widened to hold it
+        (-510.0, -3.0, 2.0, 255),
+        (0.0, 0.0, 1.0, 0),
+    ],
+)
+def test_an_asymmetric_range_holds_zero(lo: float, hi: float, scale: float, zero: int) -> None:
+    found, point = scale_from_range(torch.tensor([lo]), torch.tensor([hi]), UINT8)
+    assert point is not None and point.dtype == torch.int32
+    assert (found.item(), point.item()) == (scale, zero)
+    values = torch.tensor([[0.0, min(lo, 0), max(hi, 0)]])
+    decoded = encode(values, found[:, None], point[:, None], UINT8).dequantize()
+    assert decoded[0, 0] == 0 and (decoded - values).abs().max() <= scale / 2
+
+
+@every_spec
+def test_zeros_and_the_smallest_numbers_have_a_scale(spec: QSpec) -> None:
+    for value in (0.0, 1e-45, 1e-38, -1e-40):
+        w = torch.full((OUT, IN), value)
+        q = encode_minmax(w, spec)
+        assert bool((q.scale > 0).all()) and q.dequantize().isfinite().all()
+        assert value != 0 or (bool((q.scale == 1).all()) and not q.dequantize().any())
+
+
+def test_columns_with_a_group_each() -> None:
+    w = draw(OUT, IN)
+    order = torch.randperm(IN)
+    for spec in (INT4G, SPECS["uint4-group"]):
+        plain = encode_minmax(w[:, order], spec)
+        g_idx = torch.empty(IN, dtype=torch.long)
+        g_idx[order] = torch.arange(IN) // 8
+        q = encode(w, plain.scale, plain.zero, spec, g_idx)
+        assert q.g_idx is g_idx and q.codes[:, order].equal(plain.codes)
+        assert q.dequantize()[:, order].equal(plain.dequantize())
+        assert not encode(w, plain.scale, plain.zero, spec).codes.equal(q.codes)
+
+
+@pytest.mark.parametrize("name", ["W8A8", "W8A8_STATIC_ASYM", "W8A4", "FP8_DYNAMIC", "FP8"])
+def test_dynamic_scales_are_those_of_a_token_or_of_the_tensor(name: str) -> None:
+    spec = parse_scheme(name).input
+    assert spec is not None
+    x = torch.randn(2, 5, 16) * torch.logspace(-3, 3, 5)[:, None] + 1
+    scale, zero = dynamic_scale(x, spec)
+    tokens = spec.block == (1, -1)
+    assert scale.shape == ((2, 5, 1) if tokens else (1, 1, 1)) and (zero is None) == spec.symmetric
+    rows = x.flatten(0, 1) if tokens else x.flatten()[None]
+    wanted = encode_minmax(rows, QSpec(spec.grid, (1, -1), spec.symmetric))
+    assert fake_quantize(x, scale, zero, spec).flatten().equal(wanted.dequantize().flatten())
+
+
+@pytest.mark.parametrize(
+    ("spec", "bits"),
+    [
+        (INT8, 8 + 16 / IN),
+        (UINT8, 8 + 24 / IN),
+        (INT4G, 4 + 16 / 8),
+        (SPECS["uint4-group"], 4 + 20 / 8),
+        (SPECS["int4-tensor"], 4 + 16 / (IN * OUT)),
+        (SPECS["e4m3-tensor"], 8 + 16 / (IN * OUT)),
+    ],
+)
+def test_bits_per_weight_count_scales_and_zeros(spec: QSpec, bits: float) -> None:
+    assert encode_minmax(draw(OUT, IN), spec).bits_per_weight == pytest.approx(bits)
+    assert spec.block[0] == -1 or encode_minmax(draw(3, OUT, IN), spec).bits_per_weight == pytest.approx(bits)
+
+
+def test_dequantize_rounds_once_and_moves_with_its_parts() -> None:
+    q = encode_minmax(draw(OUT, IN), UINT8)
+    assert q.dequantize(torch.bfloat16).equal(q.dequantize().bfloat16())
+    moved = q.to("meta")
+    assert {moved.codes.device.type, moved.scale.device.type, moved.zero.device.type} == {"meta"}
+    assert q.codes.device.type == "cpu" and moved.spec == q.spec
+
+
+def test_spread_gives_each_column_its_group() -> None:
+    per_group = torch.arange(6.0).view(2, 3)
+    assert spread(per_group, 6).tolist() == [[0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5]]
+    assert spread(per_group[:, :1], 6).shape == (2, 1)
+    assert spread(per_group, 4, torch.tensor([2, 0, 0, 1])).tolist() == [[2, 0, 0, 1], [5, 3, 3, 4]]
+
+
+def test_floats_reach_their_largest_value() -> None:
+    for grid in (E4M3, E5M2):
+        assert isinstance(grid, Float)
+        w = torch.tensor([[-3.0, 1.0, 2.0]])
+        q = encode_minmax(w, QSpec(grid))
+        assert q.scale.item() == pytest.approx(3 / grid.reach)
+        assert math.isclose(q.dequantize()[0, 0].item(), -3, rel_tol=2**-22)
