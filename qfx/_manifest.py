@@ -126,6 +126,7 @@ class Manifest(Entry):
         layers: quantized linears.
         parameters: quantized parameters of other modules.
         shifts: paths of norms that got an additive `shift`.
+        online: paths of linears that map their input first.
         tensors: what is stored, by name. A bias that the class does not make is one that a fold added.
         ties: names of one and the same tensor, the first is the stored one. What the class ties, and these do not, was
             untied.
@@ -141,6 +142,7 @@ class Manifest(Entry):
     layers: list[LayerEntry]
     parameters: list[ParameterEntry]
     shifts: list[str]
+    online: list[str]
     tensors: dict[str, TensorEntry]
     ties: list[list[str]]
     derived: dict[str, DerivedEntry]

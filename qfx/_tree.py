@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from qfx.passes.lower.linear import QLinear
 from qfx.passes.lower.parameter import Slot, empty_parameter
 
-from ._manifest import DerivedEntry, LayerEntry, Manifest, ParameterEntry
+from ._manifest import DerivedEntry, LayerEntry, Manifest, ParameterEntry, TensorEntry
 from .core.errors import KernelError, PackageError
-from .core.shifted import Shifted, make_shifted
+from .core.online import GAIN, OFFSET, Online, make_online
+from .core.shifted import NAME, Shifted, make_shifted
 
 
 class Named(NamedTuple):
@@ -48,7 +49,7 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The manifest's `layers`, `parameters`, `shifts`, `ties`, `derived`, and all that is stored as `tensors`."""
+    """The manifest's `layers`, `parameters`, `shifts`, `online`, `ties`, `derived`, and what is stored as `tensors`."""
     layers: dict[QLinear, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -72,6 +73,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
             for name, slot in _slots(module).items()
         ],
         "shifts": [path for path, module in model.named_modules() if isinstance(module, Shifted)],
+        "online": [path for path, module in model.named_modules() if isinstance(module, Online)],
         "tensors": {group[0].name: group[0] for group in groups.values()},
         "ties": [[found.name for found in group] for group in groups.values() if len(group) > 1],
         "derived": derived,
@@ -120,27 +122,27 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
     Raises:
         PackageError: the model is not of the form that the saved one had before it was quantized.
     """
-    if any(isinstance(m, QLinear | Shifted) or _slots(m) for m in model.modules()):
+    if any(isinstance(m, QLinear | Shifted | Online) or _slots(m) for m in model.modules()):
         raise PackageError("the model given is quantized already; pass a fresh float one")
-    try:
+    wanted = {
+        n: t for group in manifest.ties for n in group if (t := manifest.tensors.get(group[0]))
+    } | manifest.tensors
+    try:  # in the order in which they came about: each may put a class of its own over that of the module
         for layer in manifest.layers:
             _put_layer(model, layer)
+        for path in manifest.shifts:
+            make_shifted(_module(model, path), _blank(f"{path}.{NAME}", wanted))
+        for path in manifest.online:
+            make_online(_module(model, path), *(_blank(f"{path}.{leaf}", wanted) for leaf in (GAIN, OFFSET)))
         for parameter in manifest.parameters:
             _put_parameter(model, parameter)
     except KernelError as e:
         raise PackageError(f"{e}; use the qfx that wrote the folder") from None
-    wanted = {
-        n: t for group in manifest.ties for n in group if (t := manifest.tensors.get(group[0]))
-    } | manifest.tensors
-    for path in manifest.shifts:
-        if (shift := wanted.get(f"{path}.shift")) is None:
-            raise PackageError(f"qfx.json is not valid: {path} has a shift without values; save the model again")
-        make_shifted(_module(model, path), torch.empty(shift.shape, device="meta"))
-    for name, entry in wanted.items():
+    for name in wanted:
         path, _, leaf = name.rpartition(".")
         module = _module(model, path)
-        if leaf == "bias" and type(module) is nn.Linear and module.bias is None:  # a fold added it
-            module.bias = nn.Parameter(torch.empty(entry.shape, device="meta"), requires_grad=False)
+        if leaf == "bias" and isinstance(module, nn.Linear) and module.bias is None:  # a fold added it
+            module.bias = _blank(name, wanted)
     has = {f.name: (f.kind, list(f.tensor.shape)) for f in named_tensors(model) if f.stored}
     cls = type(model).__qualname__
     for names, what in (
@@ -168,6 +170,12 @@ def _module(model: nn.Module, path: str) -> nn.Module:
         raise PackageError(f"this {type(model).__qualname__} has no module {path}; {_ADVICE}") from None
 
 
+def _blank(name: str, wanted: dict[str, TensorEntry]) -> nn.Parameter:
+    if name not in wanted:
+        raise PackageError(f"qfx.json is not valid: it has no tensor {name}; save the model again")
+    return nn.Parameter(torch.empty(wanted[name].shape, device="meta"), requires_grad=False)
+
+
 def _put_layer(model: nn.Module, layer: LayerEntry) -> None:
     sizes = layer.out_features, layer.in_features
     form = {"bias": layer.bias, "g_idx": layer.g_idx, "dtype": layer.dtype}
@@ -192,6 +200,15 @@ def _put_parameter(model: nn.Module, entry: ParameterEntry) -> None:
         raise PackageError(f"{where} was a parameter of shape {entry.shape}, here it is {shape}; {_ADVICE}")
     empty_parameter(module, entry.name, entry.scheme, tuple(entry.layout), g_idx=entry.g_idx)
     _slots(module)[entry.name].dtype = entry.dtype
+
+
+def unlike(model: nn.Module, fresh: nn.Module) -> str | None:
+    """Says which module of a rebuilt model is of another class than the saved one's; both have the same tensors."""
+    for (path, a), (_, b) in zip(model.named_modules(), fresh.named_modules(), strict=True):
+        was, now = ([f"{c.__module__}.{c.__qualname__}" for c in type(m).__mro__] for m in (a, b))
+        if was != now:
+            return f"{path} is a {was[0]}, not a {now[0]}" if was[0] != now[0] else f"{path} has a class of {was}"
+    return None
 
 
 def restore_derived(model: nn.Module, manifest: Manifest) -> list[str]:

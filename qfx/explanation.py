@@ -33,10 +33,10 @@ class SitePlan:
 
     Attributes:
         name: the layer that writes the channels (with its rows, if they are a part).
-        kind: "norm", "value" or "inner".
+        kind: "norm", "value" or "inner"; "online" for a value that nothing can absorb a map for, mapped at run time.
         channels: how many.
         readers: names of the layers that read them.
-        folds: maps that fold here without cost at run time.
+        folds: maps that can be chosen here; they cost nothing at run time unless the site is online.
         why_not: for other maps, the reason.
         steps: the recipe's steps that would choose a map for it, by number, from 1.
         unused: if there are none, why.
@@ -101,7 +101,7 @@ class Explanation:
         data = "needs calibration data" if any(s.needs_data for s in self.steps) else "needs no data"
         return (
             f"would quantize {percent(share)} of linear weights ({len(planned)} of {len(self.layers)} linears) and "
-            f"fold at {used} of {len(self.sites)} sites; {data}"
+            f"use {used} of {len(self.sites)} sites; {data}"
         )
 
     def render(self, verbose: bool = False) -> Group:
@@ -126,7 +126,7 @@ class Explanation:
         return table
 
     def _sites(self, verbose: bool) -> Table:
-        table = new_table("Sites", "site", ">times", "kind", "read by", "folds", "taken by")
+        table = new_table("Sites", "site", ">times", "kind", "read by", "maps", "taken by")
         if verbose:
             table.add_column("does not fold", overflow="fold")
         rows = []
@@ -185,11 +185,14 @@ def explain(model: nn.Module, recipe: str | Path | Mapping[str, Any] | Recipe, c
     report = state.report
     result = Explanation(report.model, report.recipe, report.linear_weights)
     result.misses, result.warnings = report.misses, report.warnings
-    taken = [{id(site) for site in step.wanted(state)} if hasattr(step, "wanted") else set() for step in recipe.steps]
-    for site in state.sites:
-        result.sites.append(_site(site, [i for i, ids in enumerate(taken, 1) if id(site) in ids], state))
-    for step in recipe.steps:
-        result.steps.append(_step(step, state))
+    taken = [step.wanted(state) if hasattr(step, "wanted") else None for step in recipe.steps]
+    result.steps = [_step(step, sites, state) for step, sites in zip(recipe.steps, taken, strict=True)]
+    sites = {
+        site.name: site for some in (state.sites, *taken) for site in some or ()
+    }  # online ones are in no other list
+    for name, site in sites.items():
+        numbers = [i for i, some in enumerate(taken, 1) if any(s.name == name for s in some or ())]
+        result.sites.append(_site(site, numbers, state))
     result.layers = _layers(state)
     return result
 
@@ -203,11 +206,11 @@ def _site(site: Site, steps: list[int], state: State) -> SitePlan:
     return SitePlan(site.name, site.kind, site.channels, readers, sorted(site.folds), dict(site.why_not), steps, unused)
 
 
-def _step(step: Any, state: State) -> StepPlan:
-    if hasattr(step, "wanted"):  # a transform
-        kinds = Counter(site.kind for site in step.wanted(state))
+def _step(step: Any, sites: list[Site] | None, state: State) -> StepPlan:
+    if sites is not None:  # a transform
+        kinds = Counter(site.kind for site in sites)
         each = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        does = f"{kinds.total()} of {len(state.sites)} sites ({each})" if kinds else "no site"
+        does = f"{len(sites)} sites: {each}" if sites else "no site"
         return StepPlan(step.name, settings(step), step.needs_data, does)
     static = sum(bool(s.input and not s.input.dynamic) for s in state.plan.values())
     does = f"{len(state.plan)} layers" + (f", {static} of them with static inputs" if static else "")

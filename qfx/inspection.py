@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -31,7 +32,7 @@ def inspect(folder: Path, verbose: bool = False) -> Group:
         raise PackageError(f"inspect: {folder}: {e}") from None
     except (OSError, ValueError) as e:
         raise PackageError(f"inspect: {folder}: {REPORT} cannot be read ({e}); save the model again") from None
-    parts = [render(report, verbose), Text(), _contents(folder, manifest), Text(), _files(manifest)]
+    parts: list[Any] = [render(report, verbose), Text(), _contents(folder, manifest), Text(), _files(manifest)]
     if verbose:
         parts += [Text(), _tensors(manifest)]
     return Group(*parts)
@@ -65,7 +66,8 @@ def _contents(folder: Path, manifest: Manifest) -> Table:
     table = new_table(f"Manifest of {folder}", "what", "is")
     home = "transformers" if manifest.model.transformers else manifest.model.module
     add_row(table, "class", f"{manifest.model.qualname} of {home}")
-    schemes = Counter(scheme_label(entry.scheme) for entry in [*manifest.layers, *manifest.parameters])
+    labels = [scheme_label(entry.scheme) for entry in manifest.layers]
+    schemes = Counter(labels + [scheme_label(entry.scheme) for entry in manifest.parameters])
     quantized = ", ".join(f"{count} × {label}" for label, count in schemes.items())
     add_row(table, "quantized", quantized or "nothing")
     dtypes = Counter(dtype_name(entry.dtype) for entry in manifest.tensors.values())

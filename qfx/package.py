@@ -17,7 +17,7 @@ from ._build import blank_copy, build, describe_class
 from ._folder import describe_files, open_folder, staged
 from ._manifest import CONFIG, FORMAT, GENERATION, REPORT, Manifest, ModelEntry, one_line, versions
 from ._shards import load_shards, plan_shards, write_shards
-from ._tree import describe, rebuild, restore_derived, stored_names
+from ._tree import describe, rebuild, restore_derived, stored_names, unlike
 from .core.errors import PackageError, RecipeError
 from .core.report import Report
 from .recipes import Recipe
@@ -83,7 +83,7 @@ def save(
             _write_tokenizer(made, tokenizer)
             _write_configs(made, model)
             if manifest.model.transformers:
-                manifest = manifest.model_copy(update={"model": _rehearse(made, manifest)})
+                manifest = manifest.model_copy(update={"model": _rehearse(made, manifest, model)})
             _write_report(made, info.report)
             write_shards(made, tensors, manifest.tensors)
             manifest.model_copy(update={"files": describe_files(made)}).write(made)
@@ -167,7 +167,7 @@ def _no_save_pretrained(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _rehearse(made: Path, manifest: Manifest) -> ModelEntry:
+def _rehearse(made: Path, manifest: Manifest, model: nn.Module) -> ModelEntry:
     """Builds the model as `load` will, before gigabytes are written that would not; finds the dtype to build in."""
     hub = manifest.model.transformers
     assert hub is not None
@@ -176,6 +176,8 @@ def _rehearse(made: Path, manifest: Manifest) -> ModelEntry:
         try:
             fresh = build(made, manifest.model, dtype)
             rebuild(fresh, manifest)
+            if other := unlike(model, fresh):
+                raise PackageError(other)
         except PackageError as e:
             why = str(e).partition(";")[0]
             raise PackageError(f"it would not load again, {why}; make model.config say what the model is") from e

@@ -23,7 +23,7 @@ from qfx.passes.lower.modules import Lower
 from . import data as _data
 from ._tree import stored_names
 from .core.errors import CalibrationError, PassError, RecipeError
-from .core.graph import Graph
+from .core.graph import Env, Graph
 from .core.online import GAIN
 from .core.passes import Progress, State, run_pass
 from .core.report import Layer, Miss, Report
@@ -39,7 +39,7 @@ EXAMPLE_TOKENS = 32
 """Positions of the example on which sites are probed."""
 
 
-def quantize(  # noqa: PLR0913
+def quantize(
     model: nn.Module,
     recipe: str | Path | Mapping[str, Any] | Recipe,
     calibration: Any = None,
@@ -112,8 +112,7 @@ def discover(
     plan = make_plan(graph, linears, recipe.schemes, recipe.ignore)
     untie(graph, linears, plan)
     show("sites", 0, 1)
-    env: dict[Any, Any] = {}
-    graph.execute(graph.nodes, env, feeds=_small(graph, batches[0]))
+    env = _example(graph, batches[0])
     sites, misses = find_sites(graph, linears, env)
     show("sites", 1, 1)
     found = {lin.weight: lin for lin in linears}
@@ -138,7 +137,8 @@ def check_model(model: nn.Module) -> None:
     """Raises with advice if the weights cannot be worked on."""
     if not isinstance(model, nn.Module):
         raise RecipeError(f"quantize: model is a {type(model).__name__}, not a torch.nn.Module")
-    if hasattr(model, "qfx") and getattr(model.qfx, "report", None) and model.qfx.report.share_quantized:
+    done = getattr(model, "qfx", None)
+    if isinstance(done, Quantized) and done.report.share_quantized:
         raise RecipeError("quantize: the model is quantized already; start from the float model")
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if p.device.type == "meta":
@@ -158,8 +158,8 @@ def feeds_of(model: nn.Module, calibration: Any, recipe: Recipe) -> list[dict[st
     """The calibration set as inputs by name; tensors go to the model's first input."""
     if calibration is None:
         if recipe.needs_data:
-            names = ", ".join(s.name for s in recipe.steps if s.needs_data) or "static inputs"
-            raise CalibrationError(f"calibration: the recipe measures activations ({names}); pass calibration=batches")
+            who = ", ".join(s.name for s in recipe.steps if s.needs_data) or "static inputs"
+            raise CalibrationError(f"calibration: the recipe measures activations ({who}); pass calibration=batches")
         calibration = [_dummy(model)]
     names = input_names(model)
     batches = _data.batches(calibration)
@@ -174,7 +174,8 @@ def feeds_of(model: nn.Module, calibration: Any, recipe: Recipe) -> list[dict[st
                 unknown.remove("labels")
             if unknown:
                 raise CalibrationError(
-                    f"calibration: batch {i} has {', '.join(unknown)}, which {type(model).__name__}.forward does not take"
+                    f"calibration: batch {i} has {', '.join(unknown)}, which "
+                    f"{type(model).__name__}.forward does not take"
                 )
         feeds.append({k: v.to(_device(model)) for k, v in batch.items() if k != "labels"})
     return feeds
@@ -187,6 +188,21 @@ def _dummy(model: nn.Module) -> dict[str, Tensor]:
         raise CalibrationError("calibration: pass one batch, so that the model's inputs are known")
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids}
+
+
+def _example(graph: Graph, batch: Mapping[str, Tensor]) -> Env:
+    """Every value for a small input, in float64 if the ops have it: rows of probabilities then sum to one."""
+    feeds = _small(graph, batch)
+    graph.working_dtype = torch.float64
+    try:
+        env: Env = {}
+        graph.execute(graph.nodes, env, feeds=feeds)
+    except RuntimeError:  # an op for low precision only
+        graph.working_dtype, env = None, {}
+        graph.execute(graph.nodes, env, feeds=feeds)
+    finally:
+        graph.working_dtype = None
+    return env
 
 
 def _small(graph: Graph, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,7 +228,7 @@ def _check_capture(graph: Graph, batch: Mapping[str, Tensor]) -> None:
 
 
 def _check_whole(state: State, original: nn.Module, inplace: bool, reference: Sequence[list[Tensor]]) -> None:
-    """Compares the folded model with the float one, as the user's module runs it; takes all folds back on a difference."""
+    """Compares the folded model with the float one, as the user's module runs them; takes the folds back on a change."""
     report = state.report
     if not report.folds:
         return
@@ -253,7 +269,7 @@ def _output_error(state: State, reference: Sequence[list[Tensor]]) -> float:
 
 
 def relative_difference(want: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """The largest difference of any output, relative to its largest value; infinite where one is finite and one is not."""
+    """The largest difference of any output relative to its largest value; infinite where only one is finite."""
     worst = 0.0
     for a, b in zip(want, got, strict=True):
         finite = a.isfinite()  # what a model forbids may be -inf
@@ -272,12 +288,13 @@ def _reference(model: nn.Module, batch: Mapping[str, Tensor], i: int) -> list[Te
     except Exception as e:  # whatever the model's own code raises
         reason = str(e).strip().splitlines()[0] if str(e).strip() else "no message"
         raise CalibrationError(
-            f"calibration: {type(model).__name__} fails on batch {i} ({shown}): {type(e).__name__}: {reason}. Check that the "
-            "batch holds the model's own inputs: all that it needs, ids of its tokenizer, no longer than its positions"
+            f"calibration: {type(model).__name__} fails on batch {i} ({shown}): {type(e).__name__}: {reason}. Check that "
+            "the batch holds the model's own inputs: all that it needs, ids of its tokenizer, no longer than its positions"
         ) from e
     if any(bool(t.isnan().any()) for t in outputs):
         raise CalibrationError(
-            f"calibration: {type(model).__name__} gives NaN on batch {i} ({shown}), before anything was changed; look at "
+            f"calibration: {type(model).__name__} gives NaN on batch {i} ({shown}), before anything was changed; "
+            "look at "
             "the batch's values, or use model.float() if the model overflows in its dtype"
         )
     return outputs

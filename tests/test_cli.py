@@ -109,7 +109,7 @@ def test_eval_measures_float_and_quantized(work: Path, folder: str) -> None:
 def test_explain_solves_nothing(work: Path) -> None:
     shown = passes("explain", work / "decoder", "--recipe", "w8a8-smoothquant").stdout
     assert shown.startswith(f"{CAUSAL}: would quantize ") and "(14 of 15 linears)" in shown
-    assert "fold at 4 of 9 sites; needs calibration data" in " ".join(shown.split())
+    assert "use 4 of 9 sites; needs calibration data" in " ".join(shown.split())
     assert "model.layers.*.mlp.down_proj" in shown and "lm_head" in shown and "ignored by '@head'" in shown
     assert "model.layers.1.mlp.down_proj" in passes("explain", work / "decoder", "-r", "w8a8", "--verbose").stdout
 

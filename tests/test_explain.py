@@ -40,6 +40,17 @@ def test_the_plan_is_what_is_done(name: str, step: str) -> None:
     ]
 
 
+def test_what_nothing_absorbs_may_be_mapped_online() -> None:
+    model, recipe, data = _with_inputs("gpt2")
+    recipe["steps"] = [{"smoothquant": {"online": True}}]
+    plan = qfx.explain(model, recipe, data)
+    online = {s.name: s for s in plan.sites if s.kind == "online"}
+    assert len(online) == 4 and all(s.steps == [1] for s in online.values())
+    assert plan.steps[0].does == "9 sites: 5 norm, 4 online"
+    report = qfx.quantize(model, recipe, data, progress=False).qfx.report
+    assert {f.site for f in report.folds if f.online} | {m.where for m in report.misses} >= set(online)
+
+
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
 def test_the_model_is_left_alone(name: str) -> None:
     model, inputs = ZOO[name].load()
@@ -64,7 +75,7 @@ def test_sites_say_what_folds_and_why_not(plan: Explanation) -> None:
     assert (value.kind, value.steps, value.unused) == ("value", [], "no step takes value sites")
     assert plan.sites[-1].name == "model.norm" and plan.sites[-1].unused == "its readers stay in float"
     assert [(s.name, s.needs_data, s.does) for s in plan.steps] == [
-        ("smoothquant", True, "4 of 9 sites (4 norm)"),
+        ("smoothquant", True, "4 sites: 4 norm"),
         ("rtn", False, "14 layers"),
     ]
 

@@ -21,6 +21,7 @@ from tests.zoo import ZOO
 
 GPTQ = {"gptq": {"act_order": True, "static_groups": False}}
 ALL_SHIFTS = {"outlier_suppression_plus": {"shift_rmsnorm": True, "steps": 4}}
+ONLINE = {"smoothquant": {"online": True}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, head quantized": ("llama_tied", {"schemes": {"*": "W8A8"}}),
     "tied, head float": ("llama_tied", {"schemes": {"*": "W8A8"}, "ignore": ["@head"]}),
@@ -29,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8": ("opt", {"schemes": {"*": "FP8_DYNAMIC"}}),
     "g_idx": ("qwen2", {"schemes": {"*": "W4A16_ASYM_G16"}, "steps": [GPTQ]}),
     "static, shifts and biases": ("llama", {"schemes": {"*": "W8A8_STATIC_ASYM"}, "steps": [ALL_SHIFTS]}),
+    "online": ("opt_post_norm", {"schemes": {"*": "W8A8"}, "steps": [ONLINE], "ignore": ["@head"]}),
     "transform only": ("llama", {"schemes": {}, "steps": [ALL_SHIFTS]}),
     "raw parameters": ("raw_parameters", {"schemes": {"*": "W8A8"}}),
     "a module of one's own": ("block_stack", {"schemes": {"*": "W8A8"}, "steps": ["smoothquant"]}),

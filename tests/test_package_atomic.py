@@ -23,8 +23,8 @@ from qfx.core.report import Report
 from qfx.package import Quantized
 from qfx.recipes import Recipe
 
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
-"""What touches the file system, as Python's audit hooks name it."""
+EVENTS = {"open", "os.mkdir", "os.rename", "os.scandir", "os.listdir"}
+"""What touches the file system, as Python's audit hooks name it; deletions, too, which may name no folder."""
 
 
 class Plain(nn.Module):
@@ -68,7 +68,7 @@ def save_until(event: int, folder: Path, value: float) -> None:
 
     def count(name: str, args: tuple[Any, ...]) -> None:
         nonlocal left
-        if name in EVENTS and str(folder.parent) in str(args):
+        if name in ("os.remove", "os.rmdir") or (name in EVENTS and str(folder.parent) in str(args)):
             left -= 1
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -104,7 +104,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not a linear": (lambda m: m["layers"][0].update(paths=["model.norm"]), r"model\.norm was a linear of \[out, in\]"),
     "another size": (lambda m: m["layers"][0].update(in_features=32), r"\[out, in\] = \[32, 32\], here .* \(32, 64\)"),
     "no op": (lambda m: m["layers"][0]["scheme"]["weight"].update(block=[2, 2]), r"no op computes .* use the qfx that"),
-    "shift without values": (lambda m: m.update(shifts=["model.norm"]), r"model\.norm has a shift without values"),
+    "shift without values": (lambda m: m.update(shifts=["model.norm"]), r"it has no tensor model\.norm\.shift; "),
     "no such class": (lambda m: m["model"].update(qualname="Llama9"), r"transformers \S+ has no class Llama9; "),
     "no model class": (lambda m: m["model"].update(qualname="AutoModel"), r"has no class AutoModel; "),
     "no such config": (lambda m: m["model"]["transformers"].update(config="Gone"), r"has no class Gone; "),
@@ -246,6 +246,14 @@ def test_models_that_cannot_be_saved(tmp_path: Path, folder: Path) -> None:
     refused(
         r"would not load again, the saved model lacks .*; make model\.config say",
         pruned,
+        tmp_path / "x",
+        call=qfx.save,
+    )
+    other = qfx.load(folder)
+    other.model.norm.__class__ = type("Mine", (type(other.model.norm),), {})
+    refused(
+        r"would not load again, model\.norm is a \S+\.Mine, not a \S+LlamaRMSNorm; ",
+        other,
         tmp_path / "x",
         call=qfx.save,
     )

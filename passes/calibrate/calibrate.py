@@ -25,8 +25,8 @@ class Calibrate:
     """The step `calibrate`: without it, a solver measures the minimum and maximum itself.
 
     Args:
-        observer: `minmax`; `moving_average` or `average` of the batches' extremes; `percentile` of the values; `mse`, the
-            clipping range of least squared error on a histogram.
+        observer: `minmax`; `moving_average` or `average` of the batches' extremes; `percentile` of the values; `mse`,
+            the clipping range of least squared error on a histogram.
         percentile: of |x|, for `percentile`.
         momentum: weight of a new batch, for `moving_average`.
     """

@@ -1,7 +1,7 @@
 """Replaces ops that write in place, so that a value is the same whoever reads it, and whenever.
 
-An op on a value that nobody reads under another name becomes the op that returns its result. One on a slice becomes that op
-and a write of the whole, as in `torch.cat` by parts. Anything else is left to the caller.
+An op on a value that nobody reads under another name becomes the op that returns its result. One on a slice becomes
+that op and a write of the whole, as in `torch.cat` by parts. Anything else is left to the caller.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def writes_in_place(graph: fx.Graph) -> bool:
 
 
 def functionalize(graph: fx.Graph) -> bool:
-    """Replaces all such ops if it can; False if some are left (those before it are replaced, and the graph is right)."""
+    """Replaces all such ops if it can; False if some are left (those before it are replaced, the graph is right)."""
     for node in list(graph.nodes):
         schema = _schema(node)
         if schema is not None and schema.is_mutable and not _replace(graph, node):
@@ -39,7 +39,7 @@ def _replace(graph: fx.Graph, node: fx.Node) -> bool:
     later = set(order[order.index(node) + 1 :])
     base, views = _base(written)
     stale = {a for a in _aliases(base) - later - {node, written} if not later.isdisjoint(a.users)}
-    scatter = _SCATTERS.get(written.target)
+    scatter = _SCATTERS.get(written.target)  # type: ignore[call-overload]
     if base.op != "call_function" or (stale and not (stale == {base} and views == [written] and scatter)):
         return False
     with graph.inserting_before(node):

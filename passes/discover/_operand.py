@@ -40,7 +40,7 @@ def operand(graph: Graph, value: object) -> Operand | None:
             return None
         order = list(range(len(source.dims)))
         if value.target is aten.permute.default:
-            order = [d % len(order) for d in value.args[1]]  # type: ignore[union-attr]
+            order = [int(d) % len(order) for d in value.args[1]]  # type: ignore[union-attr,arg-type]
         else:
             a, b = value.args[1:3] if value.target is aten.transpose.int else (-2, -1)  # type: ignore[misc]
             if len(order) > 1:

@@ -39,15 +39,17 @@ def norm_writers(graph: Graph) -> Iterator[Proposal]:
         elif node.target is aten.mul.Tensor:
             for gain_arg, other in (node.args, node.args[::-1]):
                 val = node.meta.get("val")
-                gain = find_gain(graph, gain_arg) if isinstance(val, Tensor) and val.dim() > 1 else None
+                if not isinstance(val, Tensor) or val.dim() < 2:
+                    continue
+                gain = find_gain(graph, gain_arg)
                 if gain is not None and graph.attr(gain.param).shape == val.shape[-1:] and not _constant(graph, other):
-                    value, bias = _following_bias(graph, node)
-                    yield Proposal(value, Writer(gain=gain, norm_bias=bias))
+                    value, added = _following_bias(graph, node)
+                    yield Proposal(value, Writer(gain=gain, norm_bias=added))
                     break
 
 
 def find_gain(graph: Graph, value: object) -> Gain | None:
-    """The parameter behind a gain, if the gain is an affine function of one 1-D parameter (`w`, `1 + w`, a cast of it)."""
+    """The parameter behind a gain, if that is an affine function of one 1-D parameter (`w`, `1 + w`, a cast of it)."""
     chain = _chain(graph, value)
     if chain is None:
         return None
@@ -78,7 +80,7 @@ def find_gain(graph: Graph, value: object) -> Gain | None:
 
 
 def other_uses(graph: Graph, name: str, mine: fx.Node | None = None) -> list[str]:
-    """The ops that read a parameter besides one, also under another name or through a transpose; empty if there are none.
+    """The ops that read a parameter besides one, also under another name or through a transpose.
 
     Args:
         graph: the graph.
@@ -130,7 +132,7 @@ def _would_add_bias(module: nn.Module) -> bool:
     except Exception:  # whatever its forward makes of it: then it cannot take one
         return False
     finally:
-        module.bias = None
+        module.bias = None  # type: ignore[assignment]
 
 
 def _chain(graph: Graph, value: object) -> tuple[fx.Node, list[fx.Node]] | None:

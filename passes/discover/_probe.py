@@ -1,8 +1,8 @@
 """Proves by running that a map commutes with the ops between a writer and its readers.
 
-Gaussian values `v` are put at the writer, once as they are and once as the map makes them, and the ops up to the readers
-are run in float64. With a scale of its own for every channel, the ratio of the two runs at a reader also tells *which*
-writer channel each reader channel holds: repeated heads, head layouts, slices, and gathers need no rule per op.
+Gaussian values `v` are put at the writer, once as they are and once as the map makes them, and the ops up to the
+readers are run in float64. With a scale of its own for every channel, the ratio of the two runs at a reader also tells
+*which* writer channel each reader channel holds: repeated heads, head layouts, slices, and gathers need no rule per op.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_PATH = 400
 """Ops between a writer and its readers; a longer path means that the value has left its block."""
 
 
-class Blocked(Exception):  # noqa: N818 - a result, not a fault
+class Blocked(Exception):
     """The map does not commute: `why`, at which node."""
 
     def __init__(self, node: fx.Node, why: str) -> None:
@@ -62,7 +62,7 @@ class Prober:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.device)
 
     def distinct_scales(self, n: int) -> Tensor:
-        """n positive factors between 1/2 and 2 that differ from each other and from 1, in random order."""
+        """N positive factors between 1/2 and 2 that differ from each other and from 1, in random order."""
         steps = torch.arange(n, dtype=torch.float64)[torch.randperm(n, generator=self.generator)]
         return (2.0 ** (-1 + 2 * (steps + 0.382) / n)).to(self.device)
 
@@ -73,7 +73,8 @@ class Prober:
             start: the writer's value.
             plain: its values.
             mapped: the values that the map makes of them.
-            allowed: if given, the sorted ratios that an element may have; the walk stops at the first op that breaks it.
+            allowed: if given, the sorted ratios that an element may have; the walk stops at the first op that breaks
+                it.
 
         Raises:
             Blocked: the value reaches the output, leaves its block, or an op mixes channels.

@@ -67,6 +67,7 @@ def capture(model: nn.Module, example: Mapping[str, Tensor]) -> Graph:
                 _canonicalize(unlifted)
         except Exception as e:  # whatever the model's own code raises under tracing
             raise CaptureError(_explain(model, e)) from e
+    assert unlifted._out_spec is not None
     return Graph(model, unlifted.graph, unlifted, unlifted._out_spec)
 
 
@@ -121,7 +122,7 @@ def check_feeds(graph: Graph, feeds: Mapping[str, Tensor], where: str) -> None:
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:
-    """A size in a captured shape, or None if it may vary; the export writes some fixed ones as symbols with one value."""
+    """A size in a captured shape, or None if it may vary; the export writes some fixed ones as one-valued symbols."""
     return int(size) if is_concrete_int(size) else None
 
 
@@ -218,6 +219,6 @@ def _inline(gm: fx.GraphModule, call: fx.Node) -> None:
     else:
         for user in list(call.users):
             assert user.target is operator.getitem, f"unexpected user {user} of {call}"
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[int(user.args[1])])  # type: ignore[arg-type]
             gm.graph.erase_node(user)
     gm.graph.erase_node(call)

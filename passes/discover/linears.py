@@ -81,7 +81,8 @@ def _weight_argument(node: fx.Node) -> object:
 
 def _only_parameters(graph: Graph, value: object) -> str | None:
     """The name of a matrix of weights that a value is computed from, if from nothing else."""
-    names, queue = [], [value]
+    names: list[str] = []
+    queue = [value]
     while queue:
         node = queue.pop()
         if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_function") or len(names) > 4:
@@ -104,7 +105,7 @@ def _matmul_axes(weight: Operand | None) -> tuple[tuple[int, ...], tuple[int, ..
 
 
 def _match_einsum(graph: Graph, node: fx.Node) -> Linear | Miss | None:
-    """`...i, oi -> ...o`: the axis in both inputs and not in the result is `in`; in all three, experts; the rest, out."""
+    """`...i, oi -> ...o`: what is in both inputs and not in the result is `in`; in all three, experts; else out."""
     equation, operands = node.args[0], node.args[1]
     assert isinstance(equation, str) and isinstance(operands, list | tuple)
     known = [operand(graph, o) for o in operands]

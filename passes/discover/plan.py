@@ -1,4 +1,4 @@
-"""Resolves a recipe's patterns on the layers of a model: which linear gets which scheme, and why others stay in float."""
+"""Resolves a recipe's patterns on a model's layers: which linear gets which scheme, and why others stay in float."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def make_plan(
 ) -> Plan:
     """Matches every layer against the patterns; the last match wins, `ignore` wins over all.
 
-    A pattern is a layer's name, a glob on it or on its last parts, `re:` and a regular expression for the whole name, or a
-    role (`@head`, `@router`).
+    A pattern is a layer's name, a glob on it or on its last parts, `re:` and a regular expression for the whole name,
+    or a role (`@head`, `@router`).
 
     Raises:
         RecipeError: a pattern matches no layer, or a group size does not divide a layer's inputs.
@@ -77,8 +77,8 @@ def make_plan(
 def untie(graph: Graph, linears: Sequence[Linear], plan: Plan) -> None:
     """Gives a layer that will be quantized its own copy of a weight that something else than a linear also reads.
 
-    The capture reads a tied weight under one of its names, whoever uses it; afterwards the layer reads its own copy under
-    its own name, and the others read the float weight under theirs.
+    The capture reads a tied weight under one of its names, whoever uses it; afterwards the layer reads its own copy
+    under its own name, and the others read the float weight under theirs.
     """
     products = {lin.node for lin in linears}
     for linear in linears:
@@ -165,5 +165,6 @@ def _check_groups(graph: Graph, linear: Linear, scheme: Scheme) -> None:
         fits = [g for g in (128, 64, 32, 16) if columns % g == 0]
         advice = f"use group_size {fits[0]}" if fits else "use one scale per channel (W4A16_CHANNEL)"
         raise RecipeError(
-            f"recipe: {linear.name} has {columns} inputs, which group_size {size} does not divide; {advice}, or ignore it"
+            f"recipe: {linear.name} has {columns} inputs, which group_size {size} does not divide; {advice}, or "
+            "ignore it"
         ) from None

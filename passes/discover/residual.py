@@ -1,9 +1,9 @@
 """Finds the whole-residual site: everything that writes, carries, and reads the residual stream, for rotations.
 
-The stream begins at the embeddings and is closed over whatever a rotation passes through (adds, casts, views, scalar factors,
-the normalization of RMSNorm). Each op on it is run in float64 with the stream as it is and rotated: its result must be
-rotated too (it stays on the stream) or unchanged (a norm's variance). A linear whose result is added to the stream is a
-writer; one whose input is the stream is a reader; a norm's gain must be folded into the readers behind it.
+The stream begins at the embeddings and is closed over whatever a rotation passes through (adds, casts, views, scalar
+factors, the normalization of RMSNorm). Each op on it is run in float64 with the stream as it is and rotated: its result
+must be rotated too (it stays on the stream) or unchanged (a norm's variance). A linear whose result is added to the
+stream is a writer; one whose input is the stream is a reader; a norm's gain must be folded into the readers behind it.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class _Walk:
         self.loose[node] = (first, second, origin, depth + 1)
 
     def _sources(self, add: fx.Node, on_stream: list[fx.Node]) -> set[fx.Node]:
-        """The linears whose results an add puts on the stream, through ops that keep the width (casts, sums over experts)."""
+        """The linears whose results an add puts on the stream, through ops that keep the width."""
         queue = [n for n in add.all_input_nodes if n not in on_stream]
         found: set[fx.Node] = set()
         seen = set(queue)
@@ -167,8 +167,9 @@ class _Walk:
                 continue
             for source in node.all_input_nodes:
                 value = self.prober.env.get(source)
-                wide = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
-                if wide and value.shape[-1] == self.channels and source not in seen:
+                if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+                    continue
+                if value.shape[-1] == self.channels and source not in seen:
                     seen.add(source)
                     queue.append(source)
         return found

@@ -1,8 +1,8 @@
 """Finds the sites of a graph: proposes writers from the graph, proves by probe what folds there.
 
-Writers are norm gains (also `1 + w`, layer scales, and norms written out op by op) and linears, whole or some of their rows.
-A site is legal only if every use of the written value ends in a linear that can compensate. What is not covered is
-returned as a miss with its reason.
+Writers are norm gains (also `1 + w`, layer scales, and norms written out op by op) and linears, whole or some of their
+rows. A site is legal only if every use of the written value ends in a linear that can compensate. What is not covered
+is returned as a miss with its reason.
 """
 
 from __future__ import annotations

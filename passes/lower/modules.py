@@ -1,7 +1,7 @@
 """Writes what the solvers decided back into the user's own modules.
 
-A linear that is a module of its own becomes a `QLinear`. A parameter that a module multiplies with inside its own forward
-(experts, routers, raw parameters) becomes codes behind the same name.
+A linear that is a module of its own becomes a `QLinear`. A parameter that a module multiplies with inside its own
+forward (experts, routers, raw parameters) becomes codes behind the same name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Lower:
 
     @torch.no_grad()
     def __call__(self, state: State) -> Result:
-        """Replaces modules and parameters; a layer that no op computes is reported and keeps its rounded float weight."""
+        """Replaces modules and parameters; a layer that no op computes is reported, and keeps its rounded weight."""
         result = Result()
         layers = {layer.name: layer for layer in state.report.layers}
         for i, (weight, solved) in enumerate(state.solved.items()):

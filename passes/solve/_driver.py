@@ -1,8 +1,8 @@
 """What every rounding method shares: gather what it needs of the inputs, round layer by layer, and record the result.
 
-Sequential solving walks the blocks: each is measured on the inputs that the already quantized blocks before it give. With
-`true_sequential` the layers of a block that read the same value are solved together, in execution order, and the block is
-measured again before the next ones.
+Sequential solving walks the blocks: each is measured on the inputs that the already quantized blocks before it give.
+With `true_sequential` the layers of a block that read the same value are solved together, in execution order, and the
+block is measured again before the next ones.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ class _Measured:
 
     def merge(self, other: _Measured) -> None:
         """Adds what another use of the same weight saw; uses that read one value share their statistics."""
+        pairs: list[tuple[Statistic | None, Statistic | None]]
         pairs = [(self.hessian, other.hessian), (self.range, other.range)]
         pairs += list(zip(self.experts or [], other.experts or [], strict=True))
         for mine, theirs in pairs:
@@ -167,7 +168,7 @@ def _measure(sweep: Sweep, walk: Walk, wave: Sequence[Linear], static: set[str])
     return found
 
 
-def _solve_ready(  # noqa: PLR0913
+def _solve_ready(
     state: State,
     walk: Walk,
     ready: list[str],
@@ -184,7 +185,7 @@ def _solve_ready(  # noqa: PLR0913
         _solve(state, walk, weight, by_weight[weight], round_, first, result)
 
 
-def _solve(  # noqa: PLR0913
+def _solve(
     state: State,
     walk: Walk,
     weight: str,

@@ -80,7 +80,7 @@ def fold_sites(
     return result
 
 
-def _fold_one(  # noqa: PLR0913
+def _fold_one(
     state: State,
     step: str,
     site: Site,

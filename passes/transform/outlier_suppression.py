@@ -1,8 +1,8 @@
 """Outlier Suppression (Wei et al., 2022, arXiv 2209.13325): gamma migration, then token-wise clipping.
 
-Gamma migration: a norm writes `x_hat * gamma + beta`; its readers take gamma over, `W' = W * gamma`, so that the quantized value is
-`x_hat + beta / gamma`. Token-wise clipping: the range of static inputs is cut at a quantile of the *tokens'* extremes, with one ratio
-for the whole model, the one of least squared error at the model's output.
+Gamma migration: a norm writes `x_hat * gamma + beta`; its readers take gamma over, `W' = W * gamma`, so that the
+quantized value is `x_hat + beta / gamma`. Token-wise clipping: the range of static inputs is cut at a quantile of the
+*tokens'* extremes, with one ratio for the whole model, the one of least squared error at the model's output.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class OutlierSuppression:
             sweep.advance()
         return found
 
-    def _error(  # noqa: PLR0913
+    def _error(
         self,
         state: State,
         static: Sequence[Linear],

@@ -1,8 +1,8 @@
-"""Outlier Suppression+ (Wei et al., 2023, arXiv 2304.09145): shifts each channel to its centre, then scales the outliers.
+"""Outlier Suppression+ (Wei et al., 2023, arXiv 2304.09145): centres every channel, then scales outliers.
 
-Shift `z_j = (max X_j + min X_j) / 2`; scale `s_j = max(1, max|X_j - z_j| / t)`; `X' = (X - z) / s`, `W' = W * s`, `b' = b + W z`. The one
-threshold t of a site is found by the joint objective: the error that the quantized readers make at the attention's or the
-MLP's own output (the inputs of the next linears), not in each matrix alone.
+Shift `z_j = (max X_j + min X_j) / 2`; scale `s_j = max(1, max|X_j - z_j| / t)`; `X' = (X - z) / s`, `W' = W * s`, `b' =
+b + W z`. The one threshold t of a site is found by the joint objective: the error that the quantized readers make at
+the attention's or the MLP's own output (the inputs of the next linears), not in each matrix alone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class OutlierSuppressionPlus:
 
     Args:
         steps: thresholds tried in a geometric grid from the largest magnitude down; seven more refine around the best.
-            The paper walks 100 or more equal steps; the geometric grid reaches the same loss with fewer runs when outliers
-            are hundreds of times the rest.
+            The paper walks 100 or more equal steps; the geometric grid reaches the same loss with fewer runs when
+            outliers are hundreds of times the rest.
         shift: centre the channels where the norm has a bias and its readers can take one.
         shift_rmsnorm: also on norms without a bias, which then get one (one more addition at run time).
         value: also fold between value and output projection.

@@ -1,7 +1,7 @@
 """SmoothQuant (Xiao et al., 2023, arXiv 2211.10438): moves activation outliers into the weights by a scale per channel.
 
-Eq. 4: `s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`, `X' = X / s`, `W' = W * s`. The weight's maximum runs over all linears that
-read the channel, routers and experts included.
+Eq. 4: `s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`, `X' = X / s`, `W' = W * s`. The weight's maximum runs over all
+linears that read the channel, routers and experts included.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class SmoothQuant:
     """The step `smoothquant`.
 
     Args:
-        alpha: how much of the difficulty moves to the weights (0 none, 1 all); "search" tries 0.4 to 0.95 for each site and
-            keeps what moves the values ahead least under the target quantizers (ties: the smaller).
+        alpha: how much of the difficulty moves to the weights (0 none, 1 all); "search" tries 0.4 to 0.95 for each site
+            and keeps what moves the values ahead least under the target quantizers (ties: the smaller).
         smooth_o: also fold between the value projection and the attention's output projection.
         smooth_down: also fold between the two linears of an MLP, where the ops between them allow it.
         online: also map, at run time, the inputs that no norm or linear can take the map for (one multiply-add each).

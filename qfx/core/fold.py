@@ -127,7 +127,7 @@ def ensure_bias(graph: Graph, linear: Linear, undo: list[Undo]) -> None:
         graph.overrides.pop(name, None)
         graph.fx.erase_node(constant)
         graph.touch()
-        module.bias = None
+        module.bias = None  # type: ignore[assignment]
 
     undo.append(remove)
 
@@ -141,13 +141,19 @@ def _rows(w: Tensor, dim: int, rows: Tensor | None, scale: Tensor) -> Tensor:
 
 def _edit(graph: Graph, name: str, change: Callable[[Tensor], Tensor], undo: list[Undo]) -> None:
     value = graph.attr(name)
-    saved = value.detach().clone()
+    undo.append(_restore(value))
     value.data.copy_(change(value.detach().double()))
-    undo.append(lambda: value.data.copy_(saved) and None)
 
 
 def _edit_linear(graph: Graph, linear: Linear, change: Callable[[Tensor], Tensor], undo: list[Undo]) -> None:
-    value = graph.attr(linear.weight)
-    saved = value.detach().clone()
+    undo.append(_restore(graph.attr(linear.weight)))
     linear.write(graph, change(linear.read(graph).double()))
-    undo.append(lambda: value.data.copy_(saved) and None)
+
+
+def _restore(value: Tensor) -> Undo:
+    saved = value.detach().clone()
+
+    def restore() -> None:
+        value.data.copy_(saved)
+
+    return restore

@@ -2,9 +2,11 @@
 
 Invariants, which a pass may assume and must keep:
 
-1. Nodes are `placeholder` (named after the model's inputs), `get_attr` (a parameter, buffer, or lifted constant), functional
+1. Nodes are `placeholder` (named after the model's inputs), `get_attr` (a parameter, buffer, or lifted constant),
+functional
    `call_function`, and one `output`. Assertions, no-op casts, and dropout are gone.
-2. A `get_attr` target is the name of a parameter or buffer in the user's module tree, and its value is looked up there each
+2. A `get_attr` target is the name of a parameter or buffer in the user's module tree, and its value is looked up there
+each
    time, so an edit of the module and an edit seen by the graph are the same thing.
 3. Nodes are in execution order; `node.meta["val"]` holds the shape and dtype seen at capture, with symbolic sizes.
 4. Running the graph on the inputs gives the module's own output.
@@ -19,9 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-Env = dict[fx.Node, Any]
+Env = dict[Node, Any]
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ class Segment:
     """
 
     name: str
-    nodes: tuple[fx.Node, ...]
-    drop: dict[fx.Node, list[fx.Node]]
-    leaves: tuple[fx.Node, ...]
+    nodes: tuple[Node, ...]
+    drop: dict[Node, list[Node]]
+    leaves: tuple[Node, ...]
 
 
 @dataclass
@@ -63,17 +66,17 @@ class Graph:
     _segments: list[Segment] | None = None
 
     @property
-    def nodes(self) -> list[fx.Node]:
+    def nodes(self) -> list[Node]:
         """All nodes in execution order."""
         return list(self.fx.nodes)
 
     @property
-    def inputs(self) -> list[fx.Node]:
+    def inputs(self) -> list[Node]:
         """The placeholders."""
         return [n for n in self.fx.nodes if n.op == "placeholder"]
 
     @property
-    def output(self) -> fx.Node:
+    def output(self) -> Node:
         """The output node."""
         return next(n for n in reversed(self.fx.nodes) if n.op == "output")
 
@@ -96,23 +99,23 @@ class Graph:
             return False
         return isinstance(value, nn.Parameter) and value.is_floating_point()
 
-    def uses(self, name: str) -> list[fx.Node]:
+    def uses(self, name: str) -> list[Node]:
         """Every node that reads the storage behind a parameter, also under another name (tied weights)."""
         storage = _storage(self.attr(name))
         found = []
         for node in self.fx.nodes:
-            if node.op == "get_attr" and isinstance(value := self.attr(str(node.target)), Tensor):
-                if _storage(value) == storage:
-                    found += list(node.users)
+            value = self.attr(str(node.target)) if node.op == "get_attr" else None
+            if isinstance(value, Tensor) and _storage(value) == storage:
+                found += list(node.users)
         return found
 
     def unread(self) -> list[str]:
-        """The module's parameters that no node reads under any name: parts of it that the captured call does not run."""
+        """The module's parameters that no node reads under any name: what the captured call does not run."""
         constants = [self.attr(str(n.target)) for n in self.fx.nodes if n.op == "get_attr" and n.users]
         read = {_storage(value) for value in constants if isinstance(value, Tensor)}
         return [name for name, p in self.module.named_parameters() if _storage(p) not in read]
 
-    def add_parameter(self, name: str, value: Tensor, before: fx.Node) -> fx.Node:
+    def add_parameter(self, name: str, value: Tensor, before: Node) -> Node:
         """Registers a new parameter in the user's module and returns its `get_attr` node, placed before a node."""
         path, _, leaf = name.rpartition(".")
         owner = self.module.get_submodule(path)
@@ -127,7 +130,7 @@ class Graph:
         self,
         feeds: Mapping[str, Tensor],
         *,
-        tap: Callable[[fx.Node, Any], Any] | None = None,
+        tap: Callable[[Node, Any], Any] | None = None,
     ) -> Any:
         """Runs the whole graph on named inputs and returns the model's output tree.
 
@@ -143,12 +146,12 @@ class Graph:
 
     def execute(
         self,
-        nodes: Sequence[fx.Node],
+        nodes: Sequence[Node],
         env: Env,
         *,
         feeds: Mapping[str, Tensor] | None = None,
-        tap: Callable[[fx.Node, Any], Any] | None = None,
-        drop: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
+        tap: Callable[[Node, Any], Any] | None = None,
+        drop: Mapping[Node, Sequence[Node]] | None = None,
     ) -> Any:
         """Computes nodes in order, reading and filling `env`; returns the flat output if the output node is among them.
 
@@ -172,7 +175,7 @@ class Graph:
                 env.pop(dead, None)
         return None
 
-    def value(self, node: fx.Node, env: Env, feeds: Mapping[str, Tensor] | None = None) -> Any:
+    def value(self, node: Node, env: Env, feeds: Mapping[str, Tensor] | None = None) -> Any:
         """The value of one node given those of its arguments."""
         if node.op == "call_function":
             args, kwargs = self._args(node.args, env), self._args(node.kwargs, env)
@@ -188,7 +191,7 @@ class Graph:
     def _args(self, tree: Any, env: Env) -> Any:
         return fx.map_arg(tree, lambda n: env[n] if n in env else self._constant(n))
 
-    def _constant(self, node: fx.Node) -> Any:
+    def _constant(self, node: Node) -> Any:
         if node.op != "get_attr":
             raise KeyError(f"graph: {node} is read before it is computed")
         return self.attr(str(node.target))
@@ -204,7 +207,7 @@ class Graph:
         self._segments = None
 
     def _cut(self) -> list[Segment]:
-        runs: list[tuple[str, list[fx.Node]]] = []
+        runs: list[tuple[str, list[Node]]] = []
         for node in self.fx.nodes:
             if node.op == "get_attr":
                 continue
@@ -213,15 +216,15 @@ class Graph:
                 runs[-1][1].append(node)
             else:
                 runs.append((key, [node]))
-        last: dict[fx.Node, fx.Node] = {}
+        last: dict[Node, Node] = {}
         for node in self.fx.nodes:
             for value in node.all_input_nodes:
                 last[value] = node
         return [_segment(name or "outside", nodes, last) for name, nodes in runs]
 
     @contextlib.contextmanager
-    def in_float32(self, nodes: Iterable[fx.Node]) -> Iterator[None]:
-        """Works on float32 copies of low-precision parameters that `nodes` read, and stores them back (rounded) at the end."""
+    def in_float32(self, nodes: Iterable[Node]) -> Iterator[None]:
+        """Works on float32 copies of the low-precision parameters that `nodes` read; stores them back in the end."""
         names = {str(a.target) for n in nodes for a in n.all_input_nodes if a.op == "get_attr"}
         low = {n for n in names if isinstance(t := self.attr(n), Tensor) and t.dtype in (torch.float16, torch.bfloat16)}
         if not low or self.working_dtype is not None:
@@ -241,18 +244,18 @@ class Graph:
                 self.attr(name).data.copy_(value)
 
 
-def layer_path(node: fx.Node) -> str:
+def layer_path(node: Node) -> str:
     """The path of the module in which a node was computed ('' outside of any)."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else ""
 
 
-def module_paths(node: fx.Node) -> list[str]:
+def module_paths(node: Node) -> list[str]:
     """The paths of all modules around a node, outermost first."""
     return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
-def depends(nodes: Iterable[fx.Node], seeds: Iterable[fx.Node]) -> list[fx.Node]:
+def depends(nodes: Iterable[Node], seeds: Iterable[Node]) -> list[Node]:
     """Those of `nodes` (in order) that depend on a seed."""
     reached = set(seeds)
     found = []
@@ -278,16 +281,16 @@ def cast(tree: Any, dtype: torch.dtype) -> Any:
     return tree
 
 
-def _block(node: fx.Node) -> str:
+def _block(node: Node) -> str:
     for path in module_paths(node):
         if path.rpartition(".")[2].isdigit():
             return path
     return ""
 
 
-def _segment(name: str, nodes: list[fx.Node], last: dict[fx.Node, fx.Node]) -> Segment:
+def _segment(name: str, nodes: list[Node], last: dict[Node, Node]) -> Segment:
     inside = set(nodes)
-    drop: dict[fx.Node, list[fx.Node]] = {}
+    drop: dict[Node, list[Node]] = {}
     leaves = []
     for node in nodes:
         for value in node.all_input_nodes:

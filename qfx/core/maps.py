@@ -1,8 +1,8 @@
 """Maps: invertible changes of basis of one channel axis.
 
-A map acts on values with the channels last, `x' = map(x)`. It reaches parameters in three ways: a parameter that *writes*
-the axis takes the map on its rows (`W <- A W`), one that *reads* it takes the inverse on its columns (`W <- W A^-1`), one
-that is *dual* to it takes the inverse transpose on its rows (`W <- A^-T W`).
+A map acts on values with the channels last, `x' = map(x)`. It reaches parameters in three ways: a parameter that
+*writes* the axis takes the map on its rows (`W <- A W`), one that *reads* it takes the inverse on its columns (`W <- W
+A^-1`), one that is *dual* to it takes the inverse transpose on its rows (`W <- A^-T W`).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Observe:
 
 
 class ObserveExperts(Observe):
-    """Like `Observe`, with a statistic for each expert: of its rows of `[tokens, channels]`, or its entry of a 3-D x."""
+    """Like `Observe`, with a statistic for each expert: of its rows of `[tokens, channels]`, or its part of a 3-D x."""
 
     def __call__(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Updates each expert's statistic with its own tokens; `offsets` are the ends of the experts' rows."""
@@ -73,7 +73,8 @@ def insert(
     Args:
         graph: changed; `remove` is the inverse.
         wanted: the statistics of each value.
-        inside: the nodes that will be run. A value from before them is observed in front of its first reader among them.
+        inside: the nodes that will be run. A value from before them is observed in front of its first reader among
+            them.
     """
     order = {n: i for i, n in enumerate(inside or ())}
     added = []
@@ -111,7 +112,7 @@ def remove(graph: Graph) -> None:
 def set_masks(nodes: Sequence[fx.Node], batch: Mapping[str, Any]) -> None:
     """Tells observers which tokens of the next batch are padding (its `attention_mask`, if it has one)."""
     mask = batch.get("attention_mask")
-    usable = isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all())
+    counts = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
     for node in nodes:
         if isinstance(node.target, Observe):
-            node.target.mask = (mask != 0) if usable else None
+            node.target.mask = None if counts is None or bool(counts.all()) else counts

@@ -1,7 +1,8 @@
 """Maps that no parameter can absorb: applied at run time, in front of the linears that read a value.
 
 Every linear that takes part gets two small parameters, shared with the others, and computes on `x * online_gain +
-online_offset`. To the graph this is one more writer of the axis, so that folding, checking and undoing work as anywhere.
+online_offset`. To the graph this is one more writer of the axis, so that folding, checking and undoing work as
+anywhere.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _online_class(cls: type) -> type:
 def make_online(module: nn.Module, gain: nn.Parameter, offset: nn.Parameter) -> None:
     """Makes a linear's module map its input; its class keeps its name and its parameters theirs."""
     if not isinstance(module, Online):
-        module.__class__ = _online_class(type(module))
+        module.__class__ = _online_class(type(module))  # type: ignore[arg-type]
     module.register_parameter(GAIN, gain)
     module.register_parameter(OFFSET, offset)
 
@@ -66,7 +67,7 @@ def online_site(value: fx.Node, linears: Sequence[Linear], shiftable: bool, gain
 
 
 def add_online(graph: Graph, site: Site) -> Callable[[], None]:
-    """Puts the identity map in front of an online site's linears, in their modules and in the graph; returns the undo."""
+    """Puts the identity map in front of an online site's linears, in modules and graph; returns the undo."""
     linears = [r.linear for r in site.readers]
     modules = [graph.module.get_submodule(lin.name) for lin in linears]
     classes = [type(m) for m in modules]

@@ -1,7 +1,7 @@
-"""Quantized tensors: `decode(codes) * scale`, with an optional integer zero point, and the one place that computes scales.
+"""Quantized tensors: `(decode(codes) - zero) * scale`, and the one place that computes scales.
 
-Weights are canonical: `[out, in]`, or `[experts, out, in]`. Scales are `[..., rows, groups]` where rows is `out`, or 1 if
-the block spans all rows, and groups is the number of column blocks.
+Weights are canonical: `[out, in]`, or `[experts, out, in]`. Scales are `[..., rows, groups]` where rows is `out`, or 1
+if the block spans all rows, and groups is the number of column blocks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class QTensor:
     def to(self, device: torch.device | str) -> QTensor:
         """The same tensor on another device."""
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     @property
     def bits_per_weight(self) -> float:
@@ -63,7 +63,7 @@ class QTensor:
 
 
 def spread(per_group: Tensor, columns: int, g_idx: Tensor | None = None) -> Tensor:
-    """Expands `[..., rows, groups]` to one value for each column, `[..., rows, columns]` (or 1 if there is one group)."""
+    """Expands `[..., rows, groups]` to one value for each column, `[..., rows, columns]` (1 if there is one group)."""
     if g_idx is not None:
         return per_group.index_select(-1, g_idx)
     groups = per_group.shape[-1]
@@ -83,7 +83,8 @@ def blocked(w: Tensor, spec: QSpec) -> Tensor:
 def scale_from_range(lo: Tensor, hi: Tensor, spec: QSpec) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that cover [lo, hi].
 
-    Symmetric: `scale = max(|lo|, |hi|) / reach`, zero None. Asymmetric: the range is widened to hold 0, `scale = (hi - lo) /
+    Symmetric: `scale = max(|lo|, |hi|) / reach`, zero None. Asymmetric: the range is widened to hold 0, `scale = (hi -
+        lo) /
     (2^b - 1)`, `zero = round(-lo / scale)`. An all-zero block has scale 1. float32, the shape of `lo`.
     """
     lo, hi = lo.float(), hi.float()

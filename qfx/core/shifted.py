@@ -35,14 +35,15 @@ def _shifted_class(cls: type) -> type:
 def make_shifted(module: nn.Module, shift: torch.Tensor) -> None:
     """Gives a norm module an additive parameter; its other parameters keep their names, its class keeps its name."""
     if not isinstance(module, Shifted):
-        module.__class__ = _shifted_class(type(module))
+        module.__class__ = _shifted_class(type(module))  # type: ignore[arg-type]
     module.register_parameter(NAME, nn.Parameter(shift, requires_grad=False))
 
 
 def add_shift(graph: Graph, site: Site, linears: Sequence[Linear]) -> Callable[[], None]:
     """Gives a site's norm a shift of zeros, in its module and in the graph; returns how to take it away again.
 
-    The norm's module must return the site's value; the check of the fold and of the whole model would notice if it did not.
+    The norm's module must return the site's value; the check of the fold and of the whole model would notice if it did
+    not.
     """
     gain = site.writer.gain
     assert gain is not None

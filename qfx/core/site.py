@@ -25,7 +25,8 @@ class Writer:
     Attributes:
         gain: a norm's gain, if a norm writes.
         norm_bias: the bias parameter that the norm adds, if any.
-        linear: the linear, if one writes; `rows` are then the rows of its weight that hold the site's channels, in order.
+        linear: the linear, if one writes; `rows` are then the rows of its weight that hold the site's channels, in
+            order.
         rows: int64 `[channels]`; None means all.
     """
 
@@ -62,7 +63,8 @@ class Site:
 
     Attributes:
         name: the writer's layer name (with its rows, if they are a part).
-        kind: `norm` (a norm's gain writes), `value` (a linear, through attention), or `inner` (a linear, through an MLP).
+        kind: `norm` (a norm's gain writes), `value` (a linear, through attention), or `inner` (a linear, through an
+            MLP).
         value: the node that holds the channels after the writer.
         channels: how many.
         writer: the parameter(s) that write it.

@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .errors import RecipeError
 from .grid import E4M3, E5M2, Grid, Int, grid_from_dict, grid_to_dict
@@ -68,9 +69,9 @@ class QSpec:
         """The inverse of `to_dict`; an unknown key raises ValueError."""
         fields = dict(data)
         grid = grid_from_dict(dict(fields.pop("grid")))  # type: ignore[call-overload]
-        block = tuple(fields.pop("block"))  # type: ignore[arg-type]
+        block: Any = fields.pop("block")
         try:
-            return cls(grid, block, **fields)  # type: ignore[arg-type]
+            return cls(grid, (block[0], block[1]), **fields)  # type: ignore[arg-type]
         except TypeError as e:
             raise ValueError(f"spec: {e}") from None
 
@@ -130,7 +131,7 @@ def parse_scheme(name: str) -> Scheme:
     preset = PRESETS.get(key)
     if isinstance(preset, Scheme):
         return preset
-    match = _NAME.fullmatch(preset or key)
+    match = _NAME.fullmatch(str(preset or key))
     if match is None:
         raise RecipeError(
             f"recipe: unknown scheme {name!r}; use W<bits>A<bits> (W8A8, W8A8_STATIC, W4A16, W4A16_ASYM, W4A16_G64, "
@@ -173,7 +174,7 @@ def parse_scheme(name: str) -> Scheme:
 
 
 def scheme_from(value: str | Mapping[str, object] | Scheme | None) -> Scheme | None:
-    """A scheme from a name, from {"preset": name, "group_size": n}, from `Scheme.to_dict`'s form, or None (keep float)."""
+    """A scheme from a name, {"preset": name, "group_size": n}, `Scheme.to_dict`'s form, or None (keep float)."""
     if value is None or isinstance(value, Scheme):
         return value
     if isinstance(value, str):

@@ -1,6 +1,7 @@
 """The canonical graph: its invariants, that it is the model, and what it computes on while a fold is checked."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -82,16 +83,15 @@ def test_the_graph_is_the_model_at_every_size(name: str) -> None:
         found, wanted = model.run(feeds), model.call(feeds)
         assert found and len(found) == len(wanted)
         assert all(a.equal(b) for a, b in zip(found, wanted, strict=True))
-    with torch.no_grad():  # in the form that the model itself answers in
-        assert type(model.graph.run(model.feeds)) is type(model.module(**model.feeds))
+    assert type(model.graph.run(model.feeds)) is type(model.module(**model.feeds))  # in the model's own form
 
 
 @every_model
 def test_recorded_shapes_and_dtypes_are_those_of_the_values(name: str) -> None:
     model = captured(name)
     for node, value in model.env().items():
-        recorded = node.meta.get("val")
         if isinstance(value, Tensor):
+            recorded = node.meta["val"]
             assert recorded.dtype == value.dtype and recorded.dim() == value.dim()
             fixed = [(s, t) for s, t in zip(recorded.shape, value.shape, strict=True) if isinstance(s, int)]
             assert all(s == t for s, t in fixed)
@@ -103,7 +103,7 @@ def test_segments_cover_the_nodes_in_order_and_free_what_is_dead(name: str) -> N
     graph, segments = model.graph, model.graph.segments()
     nodes = [n for n in graph.nodes if n.op != "get_attr"]
     assert [n for s in segments for n in s.nodes] == nodes
-    assert segments is graph.segments() and all(a.name != b.name for a, b in zip(segments, segments[1:], strict=False))
+    assert segments is graph.segments() and all(a.name != b.name for a, b in pairwise(segments))
     place = {n: i for i, n in enumerate(nodes)}
     last = {n: max((place[u] for u in n.users), default=-1) for n in nodes}
     env: dict = {}
@@ -139,38 +139,43 @@ def test_the_graph_is_cut_at_its_blocks(name: str, blocks: list[str]) -> None:
     assert layer_path(next(n for n in graph.nodes if n.target is aten.linear.default or n.target is aten.addmm.default))
 
 
+class Tied(nn.Module):
+    """A head that shares the embedding's weight, a layer of two names, and one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+        self.layer, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.alias = self.layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.alias(self.embed(x)))
+
+
+def tied_graph(dtype: torch.dtype = torch.float32) -> Graph:
+    return capture(Tied().eval().to(dtype), {"x": torch.arange(8).view(2, 4)})
+
+
 def test_uses_finds_tied_names() -> None:
-    tied, free = captured("llama_tied").graph, captured("llama").graph
-    for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        assert {n.target for n in tied.uses(name)} == {aten.embedding.default, aten.linear.default}
-        assert len(free.uses(name)) == 1
-    assert len(free.uses("model.layers.0.mlp.down_proj.weight")) == 1
-    with pytest.raises(AttributeError, match="no parameter, buffer, or constant named 'no.such'"):
-        free.uses("no.such")
+    graph = tied_graph()
+    for name in ("head.weight", "embed.weight"):
+        assert [n.target for n in graph.uses(name)] == [aten.embedding.default, aten.linear.default]
+    for name in ("layer.weight", "alias.weight"):
+        assert [n.target for n in graph.uses(name)] == [aten.linear.default]
+    assert not graph.uses("idle.weight")
+    with pytest.raises(AttributeError, match=r"no parameter, buffer, or constant named 'no\.such'"):
+        graph.uses("no.such")
 
 
 def test_parameters_that_nothing_reads_are_known() -> None:
-    class Idle(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.idle = nn.Linear(8, 8), nn.Linear(8, 8)
-            self.alias = self.used
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.alias(x)
-
-    graph = capture(Idle().eval(), {"x": torch.randn(4, 8)})
-    assert graph.unread() == ["idle.weight", "idle.bias"]
-
-
-def low_graph() -> tuple[Graph, dict[str, Tensor]]:
-    model = captured("swiglu", torch.bfloat16)
-    return model.graph, model.feeds
+    assert tied_graph().unread() == ["idle.weight", "idle.bias"]
 
 
 def test_low_precision_is_worked_on_in_float32() -> None:
-    graph, feeds = low_graph()
-    wide, exact = captured("swiglu"), [n for n in graph.nodes if "norms.0" in module_paths(n)]
+    model, wide = captured("swiglu", torch.bfloat16), captured("swiglu")
+    graph, feeds = model.graph, model.feeds
+    exact = [n for n in graph.nodes if "norms.0" in module_paths(n)]
     before = {k: v.clone() for k, v in graph.module.state_dict().items()}
     low = graph.run(feeds)
     with graph.in_float32(graph.nodes):
@@ -194,7 +199,7 @@ def test_low_precision_is_worked_on_in_float32() -> None:
 
 
 def test_float32_copies_are_stored_also_when_the_work_fails() -> None:
-    graph, _ = low_graph()
+    graph = captured("swiglu", torch.bfloat16).graph
     nodes = [n for n in graph.nodes if any(a.target == "norms.0.gain" for a in n.all_input_nodes)]
     with pytest.raises(ZeroDivisionError), graph.in_float32(nodes):
         assert set(graph.overrides) == {"norms.0.gain"}  # no more than those nodes read
@@ -204,11 +209,11 @@ def test_float32_copies_are_stored_also_when_the_work_fails() -> None:
 
 
 def test_tied_weights_share_one_float32_copy() -> None:
-    graph = captured("llama_tied", torch.bfloat16).graph
+    graph = tied_graph(torch.bfloat16)
     with graph.in_float32(graph.nodes):
-        names = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
-        copies = {id(graph.attr(n)) for n in names if n in ("lm_head.weight", "model.embed_tokens.weight")}
-        assert len(copies) == 1
+        read = {str(n.target) for n in graph.nodes if n.op == "get_attr"} & {"embed.weight", "head.weight"}
+        assert read and len({id(graph.attr(name)) for name in read}) == 1
+        assert all(graph.attr(name).dtype == torch.float32 for name in read)
 
 
 def test_a_float32_model_is_worked_on_in_place() -> None:
@@ -222,17 +227,9 @@ def test_cast_changes_floats_only() -> None:
     x, i = torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.int64)
     tree = {"a": [x, (i, torch.float16, torch.int32)], "b": 3, "c": None, "d": x.double(), "e": torch.float64}
     found = cast(tree, torch.float32)
-    assert (
-        found["a"][0].dtype == torch.float32
-        and found["a"][1][0] is i
-        and found["a"][1][1:]
-        == (
-            torch.float32,
-            torch.int32,
-        )
-    )
-    assert (found["b"], found["c"], found["e"]) == (3, None, torch.float64) and found["d"].dtype == torch.float64
-    assert type(found["a"]) is list and type(found["a"][1]) is tuple and x.dtype == torch.bfloat16
+    assert found["a"][0].dtype == torch.float32 and x.dtype == torch.bfloat16
+    assert found["a"][1] == (i, torch.float32, torch.int32) and found["a"][1][0] is i
+    assert (found["b"], found["c"], found["d"].dtype, found["e"]) == (3, None, torch.float64, torch.float64)
 
 
 def test_taps_see_and_replace_values() -> None:

@@ -72,13 +72,27 @@ class Captured:
         with _Widest():
             return floats(self.module(**(feeds or self.feeds)))
 
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of the model's parameters and buffers, by name."""
+        return {k: v.clone() for k, v in self.module.state_dict().items()}
+
+    def snapshot(self) -> tuple[object, ...]:
+        """Return all that must be equal after something was done and undone, bit for bit."""
+        values = {
+            k: (v.dtype, v.shape, v.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            for k, v in self.state().items()
+        }
+        classes = {path: type(module) for path, module in self.module.named_modules()}
+        return list(values.items()), str(self.graph.fx), [(lin.x, lin.bias) for lin in self.linears], classes
+
     @contextmanager
     def _widest(self) -> Iterator[None]:
-        self.graph.working_dtype = torch.float64 if self.dtype is torch.float64 else None
+        before = self.graph.working_dtype
+        self.graph.working_dtype = torch.float64 if self.dtype is torch.float64 else before
         try:
             yield
         finally:
-            self.graph.working_dtype = None
+            self.graph.working_dtype = before
 
 
 class _Widest(TorchFunctionMode):

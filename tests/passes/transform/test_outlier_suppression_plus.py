@@ -29,7 +29,7 @@ def opt() -> Discovered:
 
 
 @torch.no_grad()
-def plant(norm: nn.Module, linears: Sequence[nn.Module], factor: float = 6.0, offset: float = 60.0) -> None:
+def plant(norm: nn.Module, linears: Sequence[nn.Module], offset: float = 60.0, factor: float = 6.0) -> None:
     """Two channels become larger and lie on one side of zero; the readers make up for both."""
     for linear in linears:
         linear.weight[:, OUTLIERS] /= factor
@@ -38,11 +38,11 @@ def plant(norm: nn.Module, linears: Sequence[nn.Module], factor: float = 6.0, of
     norm.bias[OUTLIERS] = norm.bias[OUTLIERS] * factor + offset
 
 
-def plant_everywhere(model: nn.Module) -> None:
+def plant_everywhere(model: nn.Module, offset: float = 60.0) -> None:
     for layer in model.model.decoder.layers:
         heads = layer.self_attn
-        plant(layer.self_attn_layer_norm, (heads.q_proj, heads.k_proj, heads.v_proj))
-        plant(layer.final_layer_norm, (layer.fc1,))
+        plant(layer.self_attn_layer_norm, (heads.q_proj, heads.k_proj, heads.v_proj), offset)
+        plant(layer.final_layer_norm, (layer.fc1,), offset)
 
 
 def extremes(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
@@ -174,6 +174,27 @@ def test_without_the_option_an_rms_norm_is_scaled_only() -> None:
     assert result.notes == ["shifted 0 sites"]
     assert {f.map for f in state.report.folds} == {"Diagonal"}
     assert not any("shift" in name or "bias" in name for name in state.graph.module.state_dict())
+
+
+def test_outliers_below_zero_count_too(opt: Discovered) -> None:
+    state = opt.fresh({"*": "W6A6_CHANNEL_STATIC"}, ignore=["@head"])
+    plant_everywhere(state.graph.module, -60.0)
+    gains = {s.name: state.graph.module.get_parameter(f"{s.name}.weight").clone() for s in norms(state)}
+    OutlierSuppressionPlus(steps=8, shift=False)(state)
+    for site in norms(state):
+        s = gains[site.name] / state.graph.module.get_parameter(f"{site.name}.weight")
+        assert (s[OUTLIERS] > 2).all() and s.median() < 1.1
+
+
+def test_values_are_centred_over_all_heads_that_read_them() -> None:
+    state = zoo("llama").fresh({"*": "W8A8_STATIC"}, ignore=["*.mlp.*", "@head"])
+    OutlierSuppressionPlus(steps=2, value=True)(state)
+    (reader,) = site_of(state, "model.layers.1.self_attn.v_proj").readers
+    x = inputs_of(state.graph.module, reader.linear.name)
+    assert reader.index.bincount().tolist() == [2] * 16
+    for channel in range(16):
+        held = x[:, reader.index == channel]
+        assert held.max().item() == pytest.approx(-held.min().item(), rel=1e-3)
 
 
 def test_which_sites_it_takes(opt: Discovered) -> None:

@@ -1,5 +1,6 @@
 """A trial's loss: by hand on small modules, the same after the fold as before it, and without a trace in the model."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from qfx.core.fold import fold
 from qfx.core.maps import Diagonal, Shift
 from qfx.core.passes import State
+from qfx.core.site import Reader
 from qfx.core.sweep import Sweep
 from qfx.passes.transform._trial import DEFAULT, Trial
 from tests.passes.discovered import Discovered, site_of
@@ -107,6 +109,52 @@ def test_by_hand_maps_reach_input_weight_and_bias(mlp: Discovered) -> None:
     got = F.gelu(int8(h) @ int8(m.up.weight / d).T + m.up.bias + m.up.weight @ z)
     found = trial_of(state).loss(site_of(state, "norm"), [Shift(z.double()), Diagonal(d.double())])
     assert found == pytest.approx(relative(got, F.gelu(m.up(m.norm(X)))), rel=1e-4)
+
+
+def test_by_hand_columns_that_hold_no_channel_of_the_site_are_left_alone(mlp: Discovered) -> None:
+    state = mlp.fresh(INT8)
+    m = state.graph.module
+    site = site_of(state, "norm")
+    index = torch.arange(HIDDEN).roll(1)
+    index[:8] = -1
+    part = dataclasses.replace(site, readers=(Reader(site.readers[0].linear, index),))
+    scale, offset = torch.rand(HIDDEN) + 0.5, torch.randn(HIDDEN)
+    d, z = scale[index], offset[index]
+    d[:8], z[:8] = 1, 0
+    h = (m.norm(X) - z) * d
+    got = F.gelu(int8(h) @ int8(m.up.weight / d).T + m.up.bias + m.up.weight @ z)
+    found = trial_of(state).loss(part, [Shift(offset.double()), Diagonal(scale.double())])
+    assert found == pytest.approx(relative(got, F.gelu(m.up(m.norm(X)))), rel=1e-4)
+
+
+class Gated(nn.Module):
+    """A gated perceptron, of which a recipe may take a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.gate, self.up, self.down = nn.Linear(HIDDEN, 48), nn.Linear(HIDDEN, 48), nn.Linear(48, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def test_by_hand_of_two_readers_the_ignored_one_stays_float() -> None:
+    found = make(Gated)
+    losses = {}
+    for ignored in ([], ["up"], ["gate"]):
+        state = found.fresh(INT8, ignored)
+        m = state.graph.module
+        h = m.norm(X)
+        gate, up = (
+            linear(h) if name in ignored else int8(h) @ int8(linear.weight).T + linear.bias
+            for name, linear in (("gate", m.gate), ("up", m.up))
+        )
+        want = relative(F.silu(gate) * up, F.silu(m.gate(h)) * m.up(h))
+        losses[tuple(ignored)] = trial_of(state).loss(site_of(state, "norm"), [])
+        assert losses[tuple(ignored)] == pytest.approx(want, rel=1e-4)
+    assert len(set(losses.values())) == 3
 
 
 def test_by_hand_a_clip_sets_the_input_s_range(mlp: Discovered) -> None:
