@@ -228,7 +228,7 @@ def _check_capture(graph: Graph, batch: Mapping[str, Tensor]) -> None:
 
 
 def _check_whole(state: State, original: nn.Module, inplace: bool, reference: Sequence[list[Tensor]]) -> None:
-    """Compares the folded model with the float one, as the user's module runs them; takes the folds back on a change."""
+    """Compares the folded model with the float one, as the user's module runs; takes the folds back on a change."""
     report = state.report
     if not report.folds:
         return
@@ -288,14 +288,13 @@ def _reference(model: nn.Module, batch: Mapping[str, Tensor], i: int) -> list[Te
     except Exception as e:  # whatever the model's own code raises
         reason = str(e).strip().splitlines()[0] if str(e).strip() else "no message"
         raise CalibrationError(
-            f"calibration: {type(model).__name__} fails on batch {i} ({shown}): {type(e).__name__}: {reason}. Check that "
-            "the batch holds the model's own inputs: all that it needs, ids of its tokenizer, no longer than its positions"
+            f"calibration: {type(model).__name__} fails on batch {i} ({shown}): {type(e).__name__}: {reason}. Check "
+            "that it holds the model's own inputs: all that it needs, ids of its tokenizer, no longer than its positions"
         ) from e
     if any(bool(t.isnan().any()) for t in outputs):
         raise CalibrationError(
             f"calibration: {type(model).__name__} gives NaN on batch {i} ({shown}), before anything was changed; "
-            "look at "
-            "the batch's values, or use model.float() if the model overflows in its dtype"
+            "look at the batch's values, or use model.float() if the model overflows in its dtype"
         )
     return outputs
 

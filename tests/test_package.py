@@ -121,6 +121,7 @@ def test_cases_are_what_they_say(quantized: Callable[[str], Case], tmp_path: Pat
     for case in ("static, shifts and biases", "transform only"):
         assert "model.layers.0.input_layernorm" in found[case]["shifts"]
         assert "model.layers.0.self_attn.q_proj.bias" in found[case]["tensors"]
+    assert found["online"]["online"] and any("online_gain" in group[0] for group in found["online"]["ties"])
     assert found["transform only"]["layers"] == [] and found["fp8"]["layers"]
     assert found["a module of one's own"]["model"]["transformers"] is None
     assert "model.rotary_emb.inv_freq" in found["transform only"]["derived"]

@@ -14,28 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import qfx
 from qfx import _shards
 from qfx.core.errors import PackageError
-from qfx.core.report import Report
-from qfx.package import Quantized
-from qfx.recipes import Recipe
+from tests.plain import Plain
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.scandir", "os.listdir"}
 """What touches the file system, as Python's audit hooks name it; deletions, too, which may name no folder."""
-
-
-class Plain(nn.Module):
-    """Enough to be saved: `.qfx` is all that `save` asks for."""
-
-    def __init__(self, value: float = 0.0) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
-        for p in self.parameters():
-            nn.init.constant_(p, value)
-        self.qfx = Quantized(Report("Plain", Recipe().to_dict(), 16), Recipe(), {"x": [1, 4]})
 
 
 def save(folder: Path, value: float) -> None:

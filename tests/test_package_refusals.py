@@ -15,28 +15,11 @@ from torch import Tensor, nn
 import qfx
 from qfx._folder import describe_files
 from qfx.core.errors import PackageError
-from qfx.core.report import Report
-from qfx.package import Quantized
-from qfx.recipes import Recipe
+from tests.plain import Plain
 from tests.zoo import ZOO
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 LAYER = "model.layers.0.mlp.up_proj"
-
-
-class Plain(nn.Module):
-    """Enough to be saved: `.qfx` is all that `save` asks for."""
-
-    def __init__(self, size: int = 4, value: float = 1.0, buffer: str = "count") -> None:
-        super().__init__()
-        self.linear = nn.Linear(size, size)
-        self.register_buffer(buffer, torch.tensor(3))
-        self.register_buffer("scratch", torch.full((2,), 1.0), persistent=False)
-        nn.init.constant_(self.linear.weight, value)
-        self.qfx = Quantized(Report("Plain", Recipe().to_dict(), 16), Recipe(), {"x": [1, 4]})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +178,9 @@ def test_instances_that_do_not_fit(tmp_path: Path, folder: Path) -> None:
     refused(r"Plain is not a class of transformers; pass model=Plain\(\.\.\.\)", target)
     refused(r"the saved model is a \S+\.Plain, not a torch\S+\.Linear; pass", target, nn.Linear(4, 4))
     refused(
-        r"linear\.weight was saved as a parameter of shape \[4, 4\], here it is a parameter of \[5,", target, Plain(5)
+        r"weight was saved as a parameter of shape \[64, 64\], here it is a parameter of \[5, 5\]",
+        target,
+        Plain(size=5),
     )
     refused(r"this Plain lacks tensors of the saved model \(count\)", target, Plain(buffer="total"))
     with torch.device("meta"):
