@@ -65,16 +65,18 @@ def fold_sites(
             sweep.observe(stats, through=through)
             seen: Stats = {v: {type(s): s for s in found} for v, found in stats.items()}
             checked = range(min(CHECKED, len(state.batches)))
-            before = _outputs(state.graph, sweep, checked, through)
-            trial = Trial(state, sweep, through)
-            for site in here:
-                chosen = choose(site, seen, trial)
-                if isinstance(chosen, Miss):
-                    result.misses.append(replace(chosen, step=step))
-                    continue
-                _fold_one(state, step, site, chosen, sweep, checked, through, before, result, prepare)
-                trial.forget()
-                position = segment_of(state.graph)
+            # weights stay in float32 until the block is done: the rounding of one fold is no error of the next
+            with state.graph.in_float32(n for seg in sweep.segments[sweep.index : through + 1] for n in seg.nodes):
+                before = sweep.outputs(checked, through=through)
+                trial = Trial(state, sweep, through)
+                for site in here:
+                    chosen = choose(site, seen, trial)
+                    if isinstance(chosen, Miss):
+                        result.misses.append(replace(chosen, step=step))
+                        continue
+                    _fold_one(state, step, site, chosen, sweep, checked, through, before, result, prepare)
+                    trial.forget()
+                    position = segment_of(state.graph)
         sweep.advance()
     state.progress(step, total, total)
     return result
@@ -94,18 +96,15 @@ def _fold_one(
 ) -> None:
     graph = state.graph
     undo: list[Callable[[], None]] = []
-    nodes = [n for s in sweep.segments[sweep.index : through + 1] for n in s.nodes]
-    with graph.in_float32(nodes):
-        if site.kind == "online":
-            undo.append(add_online(graph, site))
-        elif prepare is not None and (back := prepare(graph, site)) is not None:
-            undo.append(back)
-        undo += [fold(graph, site, m) for m in maps]
-        after = sweep.outputs(checked, through=through)
-        error = difference(before, after)
-        if not error <= state.tolerance:
-            for back in reversed(undo):
-                back()
+    if site.kind == "online":
+        undo.append(add_online(graph, site))
+    elif prepare is not None and (back := prepare(graph, site)) is not None:
+        undo.append(back)
+    undo += [fold(graph, site, m) for m in maps]
+    error = difference(before, sweep.outputs(checked, through=through))
+    if not error <= state.tolerance:
+        for back in reversed(undo):
+            back()
     weights = sum(graph.attr(r.linear.weight).numel() for r in site.readers)
     kinds = "+".join(_kind(m) for m in maps)
     if error <= state.tolerance:
@@ -118,12 +117,6 @@ def _fold_one(
     else:
         why = f"undone: folding {kinds} changed its block by {error:.2g} (at most {state.tolerance:.0e} is allowed)"
         result.misses.append(Miss(site.name, why, step, weights))
-
-
-def _outputs(graph: Graph, sweep: Sweep, checked: range, through: int) -> list[list[Any]]:
-    nodes = [n for s in sweep.segments[sweep.index : through + 1] for n in s.nodes]
-    with graph.in_float32(nodes):
-        return sweep.outputs(checked, through=through)
 
 
 def difference(before: list[list[Any]], after: list[list[Any]]) -> float:

@@ -83,8 +83,9 @@ def add_online(graph: Graph, site: Site) -> Callable[[], None]:
         constants = [graph.fx.create_node("get_attr", name) for name in names]
         scaled = graph.fx.call_function(aten.mul.Tensor, (value, constants[0]))
         mapped = graph.fx.call_function(aten.add.Tensor, (scaled, constants[1]))
+    around = dict(list((first.meta.get("nn_module_stack") or {}).items())[:-1])  # not the linear's own module
     for node in (scaled, mapped):
-        node.meta = dict(first.meta) | {"val": value.meta["val"]}
+        node.meta = {"nn_module_stack": around, "val": value.meta["val"]}
     for linear in linears:
         linear.node.replace_input_with(value, mapped)
         linear.x = mapped
