@@ -24,12 +24,15 @@ from . import data as _data
 from ._tree import stored_names
 from .core.errors import CalibrationError, PassError, RecipeError
 from .core.graph import Env, Graph
+from .core.memory import estimate
 from .core.online import GAIN
 from .core.passes import Progress, State, run_pass
-from .core.report import Layer, Miss, Report
+from .core.report import Layer, Miss, Report, StepRecord
 from .package import Quantized, attach
 from .progress import progress_bar
 from .recipes import Recipe, settings
+from .report import human_size
+from .resume import Store, fingerprint
 
 CHECKED = 2
 """Calibration batches on which the whole model is compared before and after."""
@@ -45,6 +48,7 @@ def quantize(
     calibration: Any = None,
     *,
     inplace: bool = False,
+    resume: str | Path | None = None,
     progress: bool | Progress = True,
     tolerance: float = TOLERANCE,
 ) -> nn.Module:
@@ -56,6 +60,8 @@ def quantize(
         calibration: an iterable of dicts of tensors (the model's inputs by name) or of `input_ids` tensors. One batch
             is enough for recipes that need no data: it shows what the inputs look like.
         inplace: change `model` itself, to save its memory.
+        resume: a folder in which solved layers are kept as they come. The same call with the same folder, after an
+            interruption, takes them from there. It can be removed afterwards.
         progress: show bars on a terminal, or a callable that gets (what, done, total).
         tolerance: the largest relative change of a block's, and of the model's, float32 output that a fold may make.
 
@@ -76,6 +82,8 @@ def quantize(
     with progress_bar(progress) as show, torch.no_grad():
         reference = [_reference(model, b, i) for i, b in enumerate(batches[:CHECKED])]
         state = discover(model, recipe, batches, show, tolerance)
+        if resume is not None:
+            state.store = Store(resume, fingerprint(original, recipe.to_dict(), batches))
         report = state.report
         report.bytes_before = _bytes(original)
         done: list[str] = []
@@ -101,6 +109,7 @@ def discover(
     model: nn.Module, recipe: Recipe, batches: list[dict[str, Tensor]], show: Progress, tolerance: float = TOLERANCE
 ) -> State:
     """Everything before the first step: capture, linears, the plan, sites."""
+    began = time.perf_counter()
     show("capture", 0, 1)
     graph = capture(model, batches[0])
     for i, batch in enumerate(batches):
@@ -130,6 +139,13 @@ def discover(
         if name not in found:
             report.layers.append(Layer(name.removesuffix(".weight"), None, list(graph.attr(name).shape), note=why))
     norms = norm_gains(graph)
+    memory = estimate(graph, batches)
+    notes = [
+        f"{len(linears)} linears, {len(sites)} sites",
+        f"a sweep of the calibration set keeps about {human_size(memory.boundary)} between blocks and "
+        f"{human_size(memory.block)} in one",
+    ]
+    report.steps.append(StepRecord("discover", {}, len(sites), time.perf_counter() - began, notes))
     return State(graph, linears, sites, plan.schemes, batches, report, norms, progress=show, tolerance=tolerance)
 
 

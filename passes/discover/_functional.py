@@ -1,7 +1,7 @@
 """Replaces ops that write in place, so that a value is the same whoever reads it, and whenever.
 
 An op on a value that nobody reads under another name becomes the op that returns its result. One on a slice becomes
-that op and a write of the whole, as in `torch.cat` by parts. Anything else is left to the caller.
+that op and a new whole, as in a `torch.cat` by parts. Anything else is left to the caller.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 _SCATTERS = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 _KEEP_DTYPE = {"copy", "fill", "index_put", "scatter", "masked_fill", "detach", "zero"}
+_MAKE_BOOL = {"eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "logical_not"}
 
 
 def writes_in_place(graph: fx.Graph) -> bool:
@@ -39,14 +40,15 @@ def _replace(graph: fx.Graph, node: fx.Node) -> bool:
     later = set(order[order.index(node) + 1 :])
     base, views = _base(written)
     stale = {a for a in _aliases(base) - later - {node, written} if not later.isdisjoint(a.users)}
-    scatter = _SCATTERS.get(written.target)  # type: ignore[call-overload]
-    if base.op != "call_function" or (stale and not (stale == {base} and views == [written] and scatter)):
+    behind = [view.args[0] for view in views if view.target in _SCATTERS]
+    if base.op != "call_function" or (stale and not (stale <= set(behind) and len(behind) == len(views))):
         return False
     with graph.inserting_before(node):
         part = graph.call_function(twin, node.args, node.kwargs)
         now = {node: part, written: part}
-        if stale:
-            now[base] = graph.call_function(scatter, (base, part, *written.args[1:]), written.kwargs)
+        for view in views if stale else ():
+            source, *rest = view.args
+            now[source] = part = graph.call_function(_SCATTERS[view.target], (source, part, *rest), view.kwargs)
     for old, new in now.items():
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new, delete_user_cb=later.__contains__)
@@ -64,7 +66,7 @@ def _twin(node: fx.Node) -> Any:
     namespace, _, name = schema.name.partition("::")
     first, *rest = schema.arguments
     alone = first.is_write and not any(a.is_write for a in rest) and len(schema.returns) == 1
-    if namespace != "aten" or not name.endswith("_") or not alone:
+    if namespace != "aten" or not name.endswith("_") or not alone or name[:-1] in _MAKE_BOOL:
         return None
     twin = getattr(getattr(aten, name[:-1], None), schema.overload_name or "default", None)
     dtypes = {n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)}

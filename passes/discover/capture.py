@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -37,7 +38,7 @@ _EMPTIES = {
 # Settings of Hugging Face configs under which a model's forward is a pure function of its inputs that exports.
 _EXPORTABLE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "use_cache": (False, (True,)),
-    "_experts_implementation_internal": ("grouped_mm", ("eager", None)),
+    "_experts_implementation_internal": ("grouped_mm", ("eager", "batched_mm", None)),
 }
 
 
@@ -52,14 +53,13 @@ def capture(model: nn.Module, example: Mapping[str, Tensor]) -> Graph:
         CaptureError: the model does not capture; the message says where and what to try.
     """
     example = {k: _at_least_two(v) for k, v in example.items()}
-    shapes = {k: {d: torch.export.Dim.AUTO for d in _open_dims(v)} for k, v in example.items()}
+    sizes = {k: {d: torch.export.Dim.AUTO for d in _open_dims(v)} for k, v in example.items()}
+    shapes = _by_signature(model, sizes)
     with torch.no_grad(), exportable(model), warnings.catch_warnings():
         # torch.export copies its own tree specs in a way that it has itself deprecated
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         try:
-            program = torch.export.export(
-                model, (), dict(example), dynamic_shapes=_by_signature(model, shapes), strict=False
-            )
+            program = torch.export.export(model, (), dict(example), dynamic_shapes=shapes, strict=False)
             unlifted = program.module()
             if not _canonicalize(unlifted):
                 # decomposes nothing, but makes the graph functional; it takes longer than the export itself
@@ -153,8 +153,8 @@ def _open_dims(x: Tensor) -> range:
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    frames = [f for f in frames if not f.filename.endswith("capture.py")]
+    not_theirs = (os.path.dirname(torch.__file__), __file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (

@@ -24,7 +24,16 @@ def find_linears(graph: Graph) -> tuple[list[Linear], list[Miss]]:
             found.append(match)
         elif isinstance(match, Miss):
             misses.append(match)
+        misses += [Miss(name, f"it is read inside {_short(node.target)}") for name in _inside(graph, node)]
     return found, misses
+
+
+def _inside(graph: Graph, node: fx.Node) -> list[str]:
+    """The matrices that are handed to a region which was kept whole: its products are not in the graph."""
+    names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    if not any(isinstance(graph.attr(name), nn.Module) for name in names):
+        return []
+    return [name for name in names if graph.is_parameter(name) and _is_matrix(graph, name)]
 
 
 def _is_matrix(graph: Graph, name: str) -> bool:
@@ -74,17 +83,21 @@ def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:
 
 def _weight_argument(node: fx.Node) -> object:
     target = node.target
-    if target in (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default):
+    two = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default)
+    if target in two or any(g in str(target) for g in _GROUPED):
         return node.args[1]
     return node.args[2] if target in (aten.addmm.default, aten.baddbmm.default) else None
 
 
 def _only_parameters(graph: Graph, value: object) -> str | None:
-    """The name of a matrix of weights that a value is computed from, if from nothing else."""
+    """The name of a matrix of weights that a value is computed from, if from nothing else but indices into it."""
     names: list[str] = []
     queue = [value]
     while queue:
         node = queue.pop()
+        val = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if node is not value and isinstance(val, Tensor) and not val.is_floating_point():
+            continue
         if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_function") or len(names) > 4:
             return None
         if node.op == "get_attr":
@@ -110,7 +123,9 @@ def _match_einsum(graph: Graph, node: fx.Node) -> Linear | Miss | None:
     assert isinstance(equation, str) and isinstance(operands, list | tuple)
     known = [operand(graph, o) for o in operands]
     if len(operands) != 2 or sum(k is not None for k in known) != 1 or "->" not in equation:
-        return None
+        computed = [_only_parameters(graph, o) for o in operands]
+        name = next((c for c in computed if c), None) if None in computed else None
+        return Miss(name, f"einsum {equation!r} takes a computed part of it, which no view covers") if name else None
     terms, result = equation.replace(" ", "").split("->")
     at = 0 if known[0] is not None else 1
     w_term, x_term = terms.split(",")[at], terms.split(",")[1 - at]

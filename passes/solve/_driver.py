@@ -7,8 +7,9 @@ block is measured again before the next ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -58,11 +59,14 @@ def solve_layers(state: State, walk: Walk, round_: Round) -> Result:
     for linear in state.linears:
         if linear.weight in state.plan and linear.weight not in state.solved:
             by_weight.setdefault(linear.weight, []).append(linear)
+    stored = {w: found for w in by_weight if state.store and (found := state.store.get(w))}
+    if stored:
+        result.notes.append(f"{len(stored)} layers were solved before and taken from there")
     static = {w for w in by_weight if (x := state.plan[w].input) and not x.dynamic and w not in state.ranges}
     if not (walk.hessian or static or walk.sequential):
         for i, (weight, linears) in enumerate(by_weight.items()):
             state.progress(walk.solver, i, len(by_weight))
-            _solve(state, walk, weight, linears, round_, _Measured(), result)
+            _solve(state, walk, weight, linears, round_, _Measured(stored=stored.get(weight)), result)
         state.progress(walk.solver, len(by_weight), len(by_weight))
         return result
     sweep = Sweep(state.graph, state.batches)
@@ -76,7 +80,7 @@ def solve_layers(state: State, walk: Walk, round_: Round) -> Result:
         ready: list[str] = []
         for wave in waves:
             state.progress(walk.solver, sweep.index, total)
-            measured = _measure(sweep, walk, wave, static)
+            measured = _measure(sweep, walk, wave, static, stored)
             for linear in wave:
                 kept.setdefault(linear.weight, []).append(measured[linear.node])
             ready += dict.fromkeys(lin.weight for lin in wave if last[lin.weight] == sweep.index)
@@ -120,11 +124,12 @@ def _waves(state: State, linears: Sequence[Linear]) -> list[list[Linear]]:
 
 @dataclass
 class _Measured:
-    """What was seen of a layer's inputs."""
+    """What was seen of a layer's inputs, or what an earlier run made of the layer."""
 
     hessian: Hessian | None = None
     experts: list[Hessian] | None = None
     range: MinMax | None = None
+    stored: tuple[QTensor, dict[str, Any]] | None = None
 
     def merge(self, other: _Measured) -> None:
         """Adds what another use of the same weight saw; uses that read one value share their statistics."""
@@ -151,12 +156,16 @@ class _Measured:
         return values, [note] if any(idle) else []
 
 
-def _measure(sweep: Sweep, walk: Walk, wave: Sequence[Linear], static: set[str]) -> dict[fx.Node, _Measured]:
+def _measure(
+    sweep: Sweep, walk: Walk, wave: Sequence[Linear], static: set[str], stored: Mapping[str, Any]
+) -> dict[fx.Node, _Measured]:
     found: dict[fx.Node, _Measured] = {}
     wanted: dict[fx.Node, dict[type, Statistic]] = {}
     experts: dict[Linear, list[Hessian]] = {}
     for linear in wave:
-        measured = found[linear.node] = _Measured()
+        measured = found[linear.node] = _Measured(stored=stored.get(linear.weight))
+        if measured.stored:
+            continue
         of_value = wanted.setdefault(linear.x, {})
         if walk.hessian and linear.experts:
             measured.experts = experts[linear] = [Hessian() for _ in range(linear.shape(sweep.graph)[0])]
@@ -196,6 +205,34 @@ def _solve(
 ) -> None:
     graph, linear, scheme = state.graph, linears[0], state.plan[weight]
     w = linear.read(graph)
+    if measured.stored:
+        qtensor, note = measured.stored[0].to(w.device), measured.stored[1]
+    else:
+        qtensor, note = _round(state, weight, linear, w, round_, measured)
+        if state.store:
+            state.store.put(weight, qtensor, note)
+    scheme = Scheme(qtensor.spec, scheme.input)
+    solved = Solved(qtensor, scheme, linears)
+    if note["input_scale"] is not None:
+        solved.input_scale = torch.tensor(note["input_scale"], device=w.device)
+    if note["input_zero"] is not None:
+        solved.input_zero = torch.tensor(note["input_zero"], dtype=torch.int32, device=w.device)
+    linear.write(graph, qtensor.dequantize(w.dtype))
+    if scheme.input is not None:
+        for use in linears:
+            quantize_input(graph, use, FakeQuantize(scheme.input, solved.input_scale, solved.input_zero))
+    state.solved[weight] = solved
+    result.changed += 1
+    label, bits = scheme_label(scheme), qtensor.bits_per_weight
+    layer = Layer(linear.name, label, list(w.shape), walk.solver, note["error"], bits, note=note["remark"])
+    state.report.layers.append(layer)
+
+
+def _round(
+    state: State, weight: str, linear: Linear, w: Tensor, round_: Round, measured: _Measured
+) -> tuple[QTensor, dict[str, Any]]:
+    """The quantized weight, and in numbers and words what is to be noted of the layer."""
+    scheme = state.plan[weight]
     hessians, notes = measured.hessians()
     if linear.experts:
         hessians = hessians if len(hessians) == len(w) else hessians * len(w)
@@ -204,28 +241,19 @@ def _solve(
         q = qtensor.dequantize()
         error = sum(relative_error(a, b, h) for a, b, h in zip(w, q, hessians, strict=True)) / len(w)
     else:
-        qtensor, note = round_(w, scheme, hessians[0])
-        notes += [note] if note else []
-        q = qtensor.dequantize()
-        error = relative_error(w, q, hessians[0])
-    scheme = Scheme(qtensor.spec, scheme.input)
-    solved = Solved(qtensor, scheme, linears)
+        qtensor, remark = round_(w, scheme, hessians[0])
+        notes += [remark] if remark else []
+        error = relative_error(w, qtensor.dequantize(), hessians[0])
+    note: dict[str, Any] = {"error": error, "remark": "; ".join(notes), "input_scale": None, "input_zero": None}
     if scheme.input is not None and not scheme.input.dynamic:
         if weight in state.ranges:
             lo, hi = (torch.tensor(v) for v in state.ranges[weight])
         else:
             assert measured.range is not None
             lo, hi = activation_range(measured.range, scheme.input)
-        solved.input_scale, solved.input_zero = scale_from_range(lo, hi, scheme.input)
-    linear.write(graph, q.to(w.dtype))
-    if scheme.input is not None:
-        for use in linears:
-            quantize_input(graph, use, FakeQuantize(scheme.input, solved.input_scale, solved.input_zero))
-    state.solved[weight] = solved
-    result.changed += 1
-    label, bits = scheme_label(scheme), qtensor.bits_per_weight
-    layer = Layer(linear.name, label, list(w.shape), walk.solver, error, bits, note="; ".join(notes))
-    state.report.layers.append(layer)
+        scale, zero = scale_from_range(lo, hi, scheme.input)
+        note |= {"input_scale": float(scale), "input_zero": None if zero is None else int(zero)}
+    return qtensor, note
 
 
 def relative_error(w: Tensor, q: Tensor, hessian: Tensor | None) -> float:

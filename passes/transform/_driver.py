@@ -120,18 +120,23 @@ def _fold_one(
 
 
 def difference(before: list[list[Any]], after: list[list[Any]]) -> float:
-    """The largest change of any value relative to the largest value of its tensor; infinite if not finite."""
+    """The largest change of any value, infinite if not finite.
+
+    It is relative to the largest value of its row (the last axis), or to the median row's if that is larger: the
+    residual of a few tokens may be thousands of times the others', and must not hide what a fold does to those.
+    """
     worst = 0.0
     for old, new in zip(before, after, strict=True):
         for a, b in zip(old, new, strict=True):
-            if not isinstance(a, Tensor) or not a.is_floating_point():
+            if not isinstance(a, Tensor) or not a.is_floating_point() or not a.numel():
                 continue
             finite = a.isfinite()
             if not torch.equal(finite, b.isfinite()):
                 return float("inf")
-            size = a[finite].abs().max().item() if finite.any() else 0.0
-            change = (a - b)[finite].abs().max().item() if finite.any() else 0.0
-            worst = max(worst, change / max(size, 1e-12))
+            size, change = a.where(finite, 0).abs(), (a - b).where(finite, 0).abs()
+            if a.dim():
+                size, change = size.amax(-1), change.amax(-1)
+            worst = max(worst, (change / size.clamp_min(max(size.median().item(), 1e-12))).max().item())
     return worst
 
 

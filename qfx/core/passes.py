@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +39,18 @@ class Solved:
     input_zero: Tensor | None = None
 
 
+class LayerStore(Protocol):
+    """Where solved layers are kept, so that an interrupted run can go on."""
+
+    def get(self, weight: str) -> tuple[QTensor, dict[str, Any]] | None:
+        """A layer that was solved before, and what was noted of it."""
+        ...
+
+    def put(self, weight: str, qtensor: QTensor, note: Mapping[str, Any]) -> None:
+        """Keeps a layer."""
+        ...
+
+
 @dataclass
 class State:
     """What the passes of one run share.
@@ -53,6 +65,7 @@ class State:
         ranges: the static input range (lo, hi) of a parameter's input, where a pass has fixed one.
         solved: what the solvers decided, by parameter name.
         report: what was done.
+        store: where solved layers are kept, if the user wants to be able to resume.
         progress: called with (what, done, total).
         tolerance: the largest relative change that a fold may make to its block, in float32.
     """
@@ -66,6 +79,7 @@ class State:
     norms: dict[fx.Node, Gain] = field(default_factory=dict)
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     solved: dict[str, Solved] = field(default_factory=dict)
+    store: LayerStore | None = None
     progress: Progress = lambda what, done, total: None
     tolerance: float = 1e-4
 

@@ -1,4 +1,4 @@
-"""Exact sites of some architectures: who writes, who reads, which rows, which channel where, and the reason for what is not one."""
+"""Exact sites of some architectures: who writes, who reads, which rows, which channel where, and why not."""
 
 import functools
 
@@ -161,14 +161,22 @@ def test_a_sink_takes_probability_so_values_do_not_shift() -> None:
 @pytest.mark.parametrize(
     ("name", "layer", "reason"),
     [
-        ("gpt_neox", "gpt_neox.layers.0.mlp.dense_4h_to_h", "dense_h_to_4h writes its input, but 'gelu' at gelu does not"),
+        (
+            "gpt_neox",
+            "gpt_neox.layers.0.mlp.dense_4h_to_h",
+            "dense_h_to_4h writes its input, but 'gelu' at gelu",
+        ),
         ("gpt2", "transformer.h.0.mlp.c_proj", "c_fc writes its input, but 'pow' at pow_1 does not commute"),
         ("bert", "bert.encoder.layer.0.attention.self.key", "embeddings.LayerNorm writes its input, but 'add' at"),
         ("bert", "bert.encoder.layer.1.intermediate.dense", "attention.output.LayerNorm writes its input, but 'add'"),
         ("bert", "bert.encoder.layer.0.output.dense", "intermediate.dense writes its input, but 'gelu'"),
         ("olmo2", "model.layers.0.self_attn.q_proj", "no norm or linear writes its input"),
         ("diffllama", "model.layers.0.self_attn.o_proj", "v_proj writes its input, but 'rms_norm'"),
-        ("t5", "decoder.block.0.layer.1.EncDecAttention.k", "final_layer_norm writes its input, but its value is an output"),
+        (
+            "t5",
+            "decoder.block.0.layer.1.EncDecAttention.k",
+            "encoder.final_layer_norm writes its input, but its value is",
+        ),
         ("llama_tied", "lm_head", "model.norm writes its input, but lm_head.weight is also used by model.embed_tokens"),
         ("norm_to_residual", "up", "norm writes its input, but 'add' at add does not commute"),
         ("branching_output", "up", "norm writes its input, but its value is an output of the model"),

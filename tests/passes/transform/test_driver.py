@@ -219,3 +219,4 @@ def test_the_difference_of_two_runs() -> None:
     inf = torch.tensor([1.0, -torch.inf])
     assert difference([[a]], [[nan]]) == difference([[inf]], [[a]]) == torch.inf
     assert difference([[inf]], [[inf]]) == 0  # masks
+    assert difference([[inf]], [[inf + 0.5]]) == 0.5
