@@ -65,6 +65,10 @@ def quantize(
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in the output folder.")] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder for solved layers: the same command goes on there after an interruption."),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Quantize a model, print the report, and save the model."""
@@ -87,7 +91,7 @@ def quantize(
             tokenizer = None
             tokenizer = checkpoints.load_tokenizer(model_dir)
         batches = _batches(model, calibration, tokenizer, sequence, samples, seed, batch_size) if calibration else None
-        quantized = run(model, loaded, batches)
+        quantized = run(model, loaded, batches, resume=resume)
         _out().print(render(quantized.qfx.report, verbose))  # type: ignore[union-attr,arg-type]
         save(quantized, output, tokenizer=tokenizer, overwrite=overwrite)
         _out().print(Text(f"\nsaved to {output}", style="bold"))

@@ -96,7 +96,7 @@ CASES: dict[str, Case] = {
     ),
     "an input that forward lacks": (
         CalibrationError,
-        r"fails on batch 0 \(input_ids int64 \[2, 12\]\): ValueError: .*Check that the batch holds .*inputs",
+        r"fails on batch 0 \(input_ids int64 \[2, 12\]\): ValueError: .*Check that it holds the model.s own inputs",
         lambda: ZOO["t5"].load()[0],
         W8A8,
         [IDS],

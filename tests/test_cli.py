@@ -70,6 +70,33 @@ def test_a_recipe_from_yaml_needs_no_text(work: Path) -> None:
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
+def test_an_interrupted_run_goes_on(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, out = work / "kept", work / "resumed"
+    args = (
+        "quantize",
+        work / "decoder",
+        "-r",
+        "w8a8-gptq",
+        "-c",
+        work / "text.txt",
+        *FAST,
+        "--resume",
+        kept,
+        "-o",
+        out,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("qfx.package.write_shards", interrupt)
+        assert run(*args).exit_code == 130 and not out.exists()
+    assert any(kept.iterdir())
+    passes(*args)
+    assert len(qfx.load(out).qfx.report.layers) == 15
+
+
+def interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_an_encoder_keeps_its_class(work: Path) -> None:
     passes("quantize", work / "encoder", "-r", "w8a8-smoothquant", "-c", work / "text.txt", "-o", work / "mlm", *FAST)
     assert type(qfx.load(work / "mlm")).__name__ == MASKED
@@ -261,9 +288,6 @@ def test_a_missing_tokenizer_matters_for_text_only(work: Path) -> None:
 
 @pytest.mark.parametrize(("module", "name"), [("qfx.quantize", "discover"), ("qfx.package", "write_shards")])
 def test_an_interrupt_leaves_nothing(work: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
-    def interrupt(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(sys.modules[module], name, interrupt)
     before = sorted(work.iterdir())
     result = run("quantize", work / "decoder", "-r", "w8a8", "-o", work / "interrupted")

@@ -49,8 +49,9 @@ def _replace(graph: fx.Graph, node: fx.Node) -> bool:
         for view in views if stale else ():
             source, *rest = view.args
             now[source] = part = graph.call_function(_SCATTERS[view.target], (source, part, *rest), view.kwargs)
+    where = {k: v for k, v in node.meta.items() if k != "val"}  # of the write, not of the value
     for old, new in now.items():
-        new.meta = dict(old.meta)
+        new.meta = dict(old.meta) | where
         old.replace_all_uses_with(new, delete_user_cb=later.__contains__)
     graph.erase_node(node)
     return True

@@ -52,9 +52,8 @@ def capture(model: nn.Module, example: Mapping[str, Tensor]) -> Graph:
     Raises:
         CaptureError: the model does not capture; the message says where and what to try.
     """
-    example = {k: _at_least_two(v) for k, v in example.items()}
-    sizes = {k: {d: torch.export.Dim.AUTO for d in _open_dims(v)} for k, v in example.items()}
-    shapes = _by_signature(model, sizes)
+    example = {k: _at_least_two(v).detach() for k, v in example.items()}
+    shapes = _dynamic_shapes(model, example)
     with torch.no_grad(), exportable(model), warnings.catch_warnings():
         # torch.export copies its own tree specs in a way that it has itself deprecated
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -126,17 +125,19 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
     return int(size) if is_concrete_int(size) else None
 
 
-def _by_signature(model: nn.Module, shapes: dict[str, Any]) -> Any:
-    """Inputs that fall into **kwargs must be described under that parameter's name."""
+def _dynamic_shapes(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, dict[int, Any]] | None:
+    """Which sizes may vary, by input; None if marks on the tensors say so."""
     parameters = inspect.signature(model.forward).parameters
-    named = {k: v for k, v in shapes.items() if k in parameters}
-    rest = {k: v for k, v in shapes.items() if k not in parameters}
-    if rest:
-        catch_all = next((p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        if catch_all is None:
-            raise CaptureError(f"capture: {type(model).__name__}.forward does not take {sorted(rest)}")
-        named[catch_all] = rest
-    return named
+    rest = [k for k in example if k not in parameters]
+    if not rest:
+        return {k: {d: torch.export.Dim.AUTO for d in _open_dims(v)} for k, v in example.items()}
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise CaptureError(f"capture: {type(model).__name__}.forward does not take {sorted(rest)}")
+    # torch.export (2.13) takes no description of inputs that fall into **kwargs
+    for value in example.values():
+        for dim in _open_dims(value):
+            torch._dynamo.maybe_mark_dynamic(value, dim)
+    return None
 
 
 def _at_least_two(x: Tensor) -> Tensor:

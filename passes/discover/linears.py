@@ -12,6 +12,9 @@ from qfx.passes.discover._operand import Operand, operand
 
 aten = torch.ops.aten
 _GROUPED = ("grouped_mm",)
+_TWO = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default)
+_THREE = (aten.addmm.default, aten.baddbmm.default)
+_MAKES_ACTIVATIONS = {*_TWO, *_THREE, aten.einsum.default, aten.embedding.default}
 
 
 def find_linears(graph: Graph) -> tuple[list[Linear], list[Miss]]:
@@ -57,10 +60,10 @@ def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:
     if target is aten.linear.default:
         x, weight, bias = args[0], operand(graph, args[1]), args[2] if len(args) > 2 else None
         axes = ((), (0,), (1,))
-    elif target in (aten.matmul.default, aten.mm.default, aten.bmm.default):
+    elif target in _TWO:
         x, weight = args[0], operand(graph, args[1])
         axes = _matmul_axes(weight)
-    elif target in (aten.addmm.default, aten.baddbmm.default):
+    elif target in _THREE:
         bias, x, weight = args[0], args[1], operand(graph, args[2])
         axes = _matmul_axes(weight)
     elif target is aten.einsum.default:
@@ -83,10 +86,9 @@ def _match(graph: Graph, node: fx.Node) -> Linear | Miss | None:
 
 def _weight_argument(node: fx.Node) -> object:
     target = node.target
-    two = (aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default)
-    if target in two or any(g in str(target) for g in _GROUPED):
+    if target in _TWO or any(g in str(target) for g in _GROUPED):
         return node.args[1]
-    return node.args[2] if target in (aten.addmm.default, aten.baddbmm.default) else None
+    return node.args[2] if target in _THREE else None
 
 
 def _only_parameters(graph: Graph, value: object) -> str | None:
@@ -95,10 +97,12 @@ def _only_parameters(graph: Graph, value: object) -> str | None:
     queue = [value]
     while queue:
         node = queue.pop()
-        val = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if not isinstance(node, fx.Node) or len(names) > 4 or node.target in _MAKES_ACTIVATIONS:
+            return None
+        val = node.meta.get("val")
         if node is not value and isinstance(val, Tensor) and not val.is_floating_point():
             continue
-        if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_function") or len(names) > 4:
+        if node.op not in ("get_attr", "call_function"):
             return None
         if node.op == "get_attr":
             names.append(str(node.target))

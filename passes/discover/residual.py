@@ -61,6 +61,7 @@ class _Walk:
         self.values: dict[fx.Node, tuple[Tensor, Tensor]] = {}
         self.loose: dict[fx.Node, tuple[Tensor, Tensor, fx.Node, int]] = {}
         self.gained: dict[fx.Node, Gain] = {}
+        self.norms: list[str] = []
         self.site = Residual(channels)
         self.found: set[fx.Node] = set()
 
@@ -94,8 +95,11 @@ class _Walk:
             on_stream = []
         if node in self.writers:
             writer = self.by_y[node]
-            if uses := other_uses(self.graph, writer.weight):
-                raise Blocked(node, f"{writer.weight} is also used by {', '.join(uses)}")
+            if writer.foreign_bias:
+                raise Blocked(node, f"the bias of {writer.name} is not a parameter of one axis")
+            for name, mine in ((writer.weight, writer.node), (writer.bias, writer.y)):
+                if name and (uses := other_uses(self.graph, name, mine)):
+                    raise Blocked(node, f"{name} is also used by {', '.join(uses)}")
             self.site.writers.append(writer)
             self._begin(node)
             return
@@ -119,6 +123,7 @@ class _Walk:
                 raise Blocked(node, f"{self.loose[source][2].name} does not commute with a rotation")
             self.values[node] = self.values[source]
             self.gained[node] = gain
+            self.norms.append(gain.param)
             return
         if node.target is aten.layer_norm.default:
             raise Blocked(
@@ -192,6 +197,9 @@ def find_residual(graph: Graph, linears: list[Linear], env: Env, *, seed: int = 
                 for name in site.tables:
                     if uses := _table_uses(graph, name):
                         return Miss("residual", f"{name} is also used by {', '.join(uses)}")
+                for name in walk.norms:
+                    if len(graph.uses(name)) != walk.norms.count(name):
+                        return Miss("residual", f"the gain {name} cannot be folded: it is also used off the stream")
                 return site
             writers |= walk.found
     except Blocked as e:

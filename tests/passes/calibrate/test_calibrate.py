@@ -57,6 +57,14 @@ def test_minmax_covers_all_batches(mlp: Discovered, name: str) -> None:
     assert state.ranges[f"{name}.weight"] == pytest.approx(extremes(torch.cat(by_batch(mlp, name))), rel=1e-6)
 
 
+def test_all_blocks_are_calibrated() -> None:
+    found = zoo("block_stack")
+    state = calibrated(found, Calibrate())
+    assert len(state.ranges) == 9
+    for weight, ends in state.ranges.items():
+        assert ends == pytest.approx(extremes(inputs_of(found.model, weight.removesuffix(".weight"))), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_average_is_the_mean_of_the_batches_extremes(mlp: Discovered, name: str) -> None:
     state = calibrated(mlp, Calibrate("average"))

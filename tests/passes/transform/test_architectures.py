@@ -165,6 +165,19 @@ def test_folds_keep_the_function_and_name_every_layer(name: str, record_property
     assert all(torch.equal(untouched[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "t5", "vit"])
+def test_low_precision_is_no_reason_to_undo_a_fold(name: str) -> None:
+    model, inputs = ZOO[name].load()
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    step = {"smoothquant": {"smooth_o": True, "smooth_down": True}}
+    report = qfx.quantize(
+        model.bfloat16(), {"schemes": {}, "steps": [step]}, calibration=[inputs], progress=False
+    ).qfx.report
+    assert report.folds
+    assert not [m for m in report.misses if "undone" in m.why]
+    assert report.output_error < 0.05
+
+
 def test_the_list_has_every_kind_and_enough_that_captures() -> None:
     assert {ZOO[name].kind for name in LISTED} == set(KINDS)
     assert len(set(LISTED)) == len(LISTED)
