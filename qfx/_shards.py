@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -58,6 +59,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Named], plan: Mapping[str, 
             if storage.nbytes() != t.nbytes or storages[storage.data_ptr()] > 1:
                 shard[name] = t.clone()
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o666 & ~_umask())  # safetensors lets only the owner read
 
 
 def load_shards(model: nn.Module, folder: Path, manifest: Manifest, device: torch.device) -> None:
@@ -101,3 +103,10 @@ def _parameter(model: nn.Module, name: str, value: Tensor) -> nn.Parameter:
     old = module._parameters[leaf]
     wants = old is not None and old.requires_grad and value.is_floating_point()
     return nn.Parameter(value, requires_grad=wants)
+
+
+def _umask() -> int:
+    """The process's mask for new files; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

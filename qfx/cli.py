@@ -48,6 +48,12 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit()
 
 
+GroupSize = Annotated[
+    int | None,
+    typer.Option(help="Weights that share a scale, where the recipe has groups.", show_default="the recipe's"),
+]
+
+
 @app.command()
 def quantize(
     model_dir: ModelDir,
@@ -56,6 +62,7 @@ def quantize(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", "-c", help="UTF-8 text, for recipes that measure activations.")
     ] = None,
+    group_size: GroupSize = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 64,
     sequence: Annotated[
         int | None, typer.Option(help="Tokens in a window.", show_default="512, or what the model takes")
@@ -73,7 +80,7 @@ def quantize(
 ) -> None:
     """Quantize a model, print the report, and save the model."""
     with _errors():
-        loaded = _recipe(recipe)
+        loaded = _recipe(recipe, group_size)
         _check_output(output, overwrite)
         if calibration is None and loaded.needs_data:
             raise CalibrationError(
@@ -138,11 +145,16 @@ def evaluate(
 
 @app.command()
 def explain(
-    model_dir: ModelDir, recipe: RecipeOption, dtype: Dtype = "auto", device: Device = "cpu", verbose: Verbose = False
+    model_dir: ModelDir,
+    recipe: RecipeOption,
+    group_size: GroupSize = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    verbose: Verbose = False,
 ) -> None:
     """Print what a recipe would do to a model. Measures and solves nothing, and needs no calibration text."""
     with _errors():
-        loaded = _recipe(recipe)
+        loaded = _recipe(recipe, group_size)
         from .explanation import explain as run
 
         _out().print(run(_float_model(model_dir, dtype, device), loaded).render(verbose))
@@ -169,10 +181,11 @@ def recipes() -> None:
         _out().print(list_recipes())
 
 
-def _recipe(name: str) -> Recipe:
+def _recipe(name: str, group_size: int | None) -> Recipe:
     from .recipes import Recipe
 
-    return Recipe.load(name)
+    recipe = Recipe.load(name)
+    return recipe if group_size is None else recipe.with_group(group_size)
 
 
 def _float_model(folder: Path, dtype: str, device: str) -> nn.Module:

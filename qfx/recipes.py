@@ -51,6 +51,11 @@ class Recipe:
         static = any(s and s.input and not s.input.dynamic for s in self.schemes.values())
         return static or any(s.needs_data for s in self.steps)
 
+    def with_group(self, group_size: int) -> Recipe:
+        """The same recipe with another group size wherever weights are in groups."""
+        schemes = {k: s.with_group(group_size) if s and s.weight.block[1] > 0 else s for k, s in self.schemes.items()}
+        return dataclasses.replace(self, schemes=schemes)
+
     def to_dict(self) -> dict[str, Any]:
         """A form that YAML and JSON hold and `from_dict` reads."""
         return {

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import qfx
 from qfx.core.report import Report
 from qfx.passes.lower.linear import QLinear
+from qfx.quantize import feeds_of
+from qfx.recipes import Recipe
 from tests.zoo import ZOO
 from tests.zoo.decoders import token_ids
 
@@ -126,9 +128,15 @@ def test_what_the_report_says(run: Run) -> None:
     assert [s.settings for s in report.steps if s.name != "discover"] == [{"alpha": 0.6}, {"act_order": True}, {}]
     assert {f.kind for f in report.folds} == {"norm -> 3 linears", "norm -> 2 linears"}
     assert {f.step for f in report.folds} == {"smoothquant"} and len(report.folds) == 4
-    assert report.bytes_after < report.bytes_before == sum(t.numel() * 4 for t in run.model.parameters()) + 16
+    stored = [*run.model.parameters(), *run.model.buffers()]
+    assert report.bytes_before == sum(t.numel() * t.element_size() for t in stored)
+    stored = [*run.q.parameters(), *run.q.buffers()]
+    assert report.bytes_after == sum(t.numel() * t.element_size() for t in stored) < 0.6 * report.bytes_before
     notes = {layer.name: layer.note for layer in report.layers if layer.scheme is None}
-    assert "'@head'" in notes["lm_head"] and "'model.layers.0.self_attn.o_proj'" in notes[min(notes)[:0] or max(notes)]
+    assert notes == {
+        "lm_head": "ignored by '@head'",
+        "model.layers.0.self_attn.o_proj": "kept in float by 'model.layers.0.self_attn.o_proj'",
+    }
     solved = [layer for layer in report.layers if layer.scheme]
     assert all(layer.solver == "gptq" and layer.op and 0 < layer.error < 0.3 for layer in solved)  # type: ignore[operator]
     want = [run.model.eval()(**b).logits.detach() for b in BATCHES]
@@ -208,19 +216,15 @@ FORMS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_batches_may_be(form: str, stack: nn.Module) -> None:
-    feeds = qfx_feeds(stack, FORMS[form]())
+    feeds = feeds_of(stack, FORMS[form](), Recipe.load("w8a8-static"))
     assert len(feeds) == 2
     for got, want in zip(feeds, BATCHES, strict=True):
         assert list(got) == ["input_ids"] and torch.equal(got["input_ids"], want["input_ids"])
 
 
-def qfx_feeds(model: nn.Module, data: Any) -> list[dict[str, Tensor]]:
-    """The batches on which a recipe that measures all of them was run."""
-    seen: list[dict[str, Tensor]] = []
-    q = qfx.quantize(model, {"schemes": {"blocks.0.qkv": "W8A8_STATIC"}}, data)
-    scale = q.blocks[0].qkv.input_scale.item()
-    with torch.no_grad():
-        tops = [model.blocks[0].norm(model.embed(b["input_ids"])).abs().max().item() for b in BATCHES]
-    assert scale == pytest.approx(max(tops) / 127, rel=1e-5)
-    seen += BATCHES
-    return seen
+@torch.no_grad()
+def test_all_batches_are_used(stack: nn.Module) -> None:
+    q = qfx.quantize(stack, {"schemes": {"blocks.0.qkv": "W8A8_STATIC"}}, loader(IDS))
+    tops = [stack.blocks[0].norm(stack.embed(b["input_ids"])).abs().max().item() for b in BATCHES]
+    assert tops[0] != tops[1]
+    assert q.blocks[0].qkv.input_scale.item() == pytest.approx(max(tops) / 127, rel=1e-5)

@@ -45,7 +45,9 @@ class Lower:
                 op = replace_layer(state.graph.module, linear, weight, solved, state.graph.attr(weight))
             except KernelError as e:
                 result.misses.append(Miss(linear.name, str(e), self.name, state.graph.attr(weight).numel()))
-                layers[linear.name].note += f"; not lowered: {e}"
+                layer = layers[linear.name]
+                layer.note = f"rounded to {layer.scheme}, but kept in float: {e}"
+                layer.scheme, layer.bits = None, 0.0
                 continue
             layers[linear.name].op = op
             result.changed += 1
@@ -67,6 +69,9 @@ def replace_layer(root: nn.Module, linear: Linear, weight: str, solved: Solved, 
         replace_module(root, root.get_submodule(linear.name), module)
         return module.op
     path, _, leaf = weight.rpartition(".")
+    around = [root.get_submodule(p) for p in (path, path.rpartition(".")[0])]
+    if solved.scheme.input is not None and any(isinstance(m, nn.MultiheadAttention) for m in around):
+        raise KernelError(f"lower: torch's fused attention reads {weight} and quantizes no input; use a WxA16 scheme")
     order = [a for group in linear.axes for a in group]
     if len(order) != solved.qtensor.codes.dim():
         raise KernelError(f"lower: {weight} has {len(order)} axes, more than experts, out, in")

@@ -65,7 +65,7 @@ class OutlierSuppression:
         if not self.migrate:
             return []
         found = wanted_sites(state, {"norm", "online"} if self.online else {"norm"})
-        return [s for s in found if s.writer.gain is not None]
+        return [s for s in found if s.kind == "norm" or s.value in state.norms]
 
     def __call__(self, state: State) -> Result:
         """Folds the gains away, then sets `state.ranges`."""

@@ -20,6 +20,8 @@ from .site import Gain, Reader, Site, Writer
 
 GAIN, OFFSET = "online_gain", "online_offset"
 """The added parameters' names in the linears' modules."""
+ONLINE = "online"
+"""Key of a mapped node's meta: the names of its two parameters."""
 aten = torch.ops.aten
 
 
@@ -60,7 +62,10 @@ def online_site(value: fx.Node, linears: Sequence[Linear], shiftable: bool, gain
     readers = tuple(Reader(lin, index) for lin in linears)
     folds = {"Diagonal", "SignedDiagonal"} | ({"Shift"} if shiftable else set())
     name = f"{linears[0].name} (online)"
-    site = Site(name, "online", value, len(index), Writer(gain=gain), readers, folds)
+    writer = Writer(gain=gain)
+    if known := value.meta.get(ONLINE):  # an earlier step put a map here: this one goes on with it
+        writer = Writer(gain=Gain(known[0]), norm_bias=known[1])
+    site = Site(name, "online", value, len(index), writer, readers, folds)
     if not shiftable:
         site.why_not["Shift"] = "a linear that reads it has no bias and cannot take one"
     return site
@@ -68,6 +73,8 @@ def online_site(value: fx.Node, linears: Sequence[Linear], shiftable: bool, gain
 
 def add_online(graph: Graph, site: Site) -> Callable[[], None]:
     """Puts the identity map in front of an online site's linears, in modules and graph; returns the undo."""
+    if ONLINE in site.value.meta:
+        return lambda: None
     linears = [r.linear for r in site.readers]
     modules = [graph.module.get_submodule(lin.name) for lin in linears]
     classes = [type(m) for m in modules]
@@ -86,6 +93,7 @@ def add_online(graph: Graph, site: Site) -> Callable[[], None]:
     around = dict(list((first.meta.get("nn_module_stack") or {}).items())[:-1])  # not the linear's own module
     for node in (scaled, mapped):
         node.meta = {"nn_module_stack": around, "val": value.meta["val"]}
+    mapped.meta[ONLINE] = names
     for linear in linears:
         linear.node.replace_input_with(value, mapped)
         linear.x = mapped
