@@ -39,6 +39,7 @@ REASONS = {
     r"is also used by": "weight or bias used more than once",
     r"its value is an output": "value is an output of the model",
     r"'add' at": "residual takes the value",
+    r"'linear' at": "a product that is left takes the value",
     r"'(\w+)' at": "behind {}",
     r"no norm or linear writes": "nothing writes its input",
     r"does not run it": "not run",
@@ -142,8 +143,8 @@ def sites(row: dict[str, Any]) -> int:
 def line(name: str, row: dict[str, Any]) -> str:
     """A row of the table."""
     if "not_captured" in row:
-        why = row["not_captured"].split(": ", 3)[2:]
-        return f"| {name} | {row['layers']} | not captured: {': '.join(why).split('. Try')[0][:120]} | | | | | | |"
+        why = row["not_captured"].partition(" in forward: ")[2].partition(" (")[0]
+        return f"| {name} | {row['layers']} | – | – | – | 0 % | not captured: {why} | – | {row['seconds']:.1f} |"
     smooth, osplus = row["SmoothQuant"], row["OS+"]
     shifts = sum("Shift" in f[2] for f in osplus["folds"])
     missed = Counter(short(why) for _, why in dict(map(tuple, smooth["misses"])).items())
@@ -171,16 +172,16 @@ def page(result: dict[str, Any]) -> str:
     full = sum(r["SmoothQuant"]["share"] == 1 for r in captured.values())
     made = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     summary = (
-        f"**{len(rows)} architectures, {len(captured)} captured; {sum(folds)} folds, {undone} undone; the largest change "
-        f"of any output is {worst[0]:.1e} ({worst[2]} on {worst[1]}); {full} models are covered whole; linears that are "
-        f"neither folded nor named with a reason: {unnamed}.**"
+        f"**{len(rows)} architectures, {len(captured)} captured; {sum(folds)} folds, {undone} undone; the largest "
+        f"change of any output is {worst[0]:.1e} ({worst[2]} on {worst[1]}); {full} models are covered whole; linears "
+        f"that are neither folded nor named with a reason: {unnamed}.**"
     )
     legend = (
         f"Made on {result['date']} with {made}, in float32, on one thread. The columns: parameters that some product "
         "reads, found by walking the modules and not the graph; sites; folds of SmoothQuant; folds of Outlier "
         "Suppression+, and how many of them shift; the share of the linears' weights that read a folded site; linears "
-        "that are left as they are, by reason; the largest change of the model's output, relative to its largest value; "
-        "seconds for both recipes, captures included. Every site and reason by name is in "
+        "that are left as they are, by reason; the largest change of the model's output, relative to its largest "
+        "value; seconds for both recipes, captures included. Every site and reason by name is in "
         "[architectures.json](../benchmarks/results/architectures.json)."
     )
     about = __doc__.partition("FILE]\n\n")[2].strip()
@@ -188,8 +189,8 @@ def page(result: dict[str, Any]) -> str:
     text += [f"    {result['command']}", "", textwrap.fill(legend, 120)]
     head = "| model | linears | sites | SmoothQuant | OS+ (shifts) | weights | left, and why | change | s |"
     for kind, title in KINDS.items():
-        text += ["", f"## {title}", "", head, "|---|---|---|---|---|---|---|---|---|"]
-        text += [line(name, row) for name, row in rows.items() if row["kind"] == kind]
+        of_kind = [line(name, row) for name, row in rows.items() if row["kind"] == kind]
+        text += ["", f"## {title}", "", head, "|---" * 9 + "|", *of_kind] if of_kind else []
     return "\n".join(text)
 
 

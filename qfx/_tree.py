@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qfx.passes.lower.linear import QLinear
-from qfx.passes.lower.parameter import Slot, empty_parameter
+from qfx.modules.linear import QLinear
+from qfx.modules.parameter import Slot, empty_parameter
 
 from ._manifest import DerivedEntry, LayerEntry, Manifest, ParameterEntry, TensorEntry
 from .core.errors import KernelError, PackageError

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 import qfx
 from qfx.core.shifted import Shifted
+from qfx.modules.linear import QLinear
 from qfx.package import Quantized
-from qfx.passes.lower.linear import QLinear
 from tests.zoo import ZOO
 
 GPTQ = {"gptq": {"act_order": True, "static_groups": False}}

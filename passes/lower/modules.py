@@ -20,8 +20,8 @@ from qfx.core.online import carry_online
 from qfx.core.passes import Result, Solved, State
 from qfx.core.report import Miss
 from qfx.core.simulate import FakeQuantize
-from qfx.passes.lower.linear import QLinear
-from qfx.passes.lower.parameter import quantize_parameter
+from qfx.modules.linear import QLinear
+from qfx.modules.parameter import quantize_parameter
 
 _RESHAPES = {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default}
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from qfx.core.errors import KernelError
 from qfx.core.passes import State
 from qfx.core.report import Miss
+from qfx.modules.linear import QLinear
 from qfx.passes.lower import modules
-from qfx.passes.lower.linear import QLinear
 from qfx.passes.lower.modules import Lower
 from qfx.passes.solve.rtn import Rtn
 from tests.passes.discovered import Discovered, zoo
@@ -107,11 +108,52 @@ def test_attention_that_calls_no_submodule_has_quantized_parameters() -> None:
     assert distance(want, floats(state.graph.module(**found.batches[0]))) < 1e-5
 
 
-def test_attention_that_hides_its_products_cannot_quantize_their_inputs() -> None:
+@torch.no_grad()
+def test_attention_that_hides_its_products_is_left_where_inputs_are_quantized() -> None:
     found = zoo("multihead_attention")
-    module = lowered(found, "W8A8", ()).graph.module
-    with pytest.raises(KernelError, match="'in_proj_weight' cannot be quantized .* keep that input float"):
-        module(**found.batches[0])
+    state = found.fresh({"*": "W8A8"})
+    Rtn()(state)
+    result = Lower()(state)
+    assert [m.where for m in result.misses] == ["attention.in_proj_weight", "attention.out_proj"]
+    assert all("fused attention" in m.why and "WxA16" in m.why for m in result.misses)
+    assert type(state.graph.module.attention) is nn.MultiheadAttention
+    assert distance(floats(found.model(**found.batches[0])), floats(state.graph.module(**found.batches[0]))) < 0.02
+
+
+class Scaled(nn.Module):
+    """A product and then something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(8, 16)), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * self.gain
+
+
+class Outer(nn.Module):
+    """One of those, and experts whose weight is kept as (in, experts, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled, self.w = Scaled(), nn.Parameter(torch.randn(16, 3, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scaled(x), torch.einsum("ebi,ieo->ebo", x, self.w)
+
+
+@torch.no_grad()
+def test_a_module_that_does_more_than_a_product_stays_and_a_layout_is_kept() -> None:
+    found = Discovered(Outer(), [{"x": torch.randn(3, 5, 16)}])
+    state = found.fresh({"*": "W4A16_G16"})
+    Rtn()(state)
+    want = floats(state.graph.run(found.batches[0]))
+    Lower()(state)
+    assert ops(state) == {"scaled": "dequantize", "w": "dequantize"}
+    assert isinstance(state.graph.module.scaled, Scaled)
+    assert state.graph.module.w.shape == (16, 3, 8) and state.graph.module.w_codes.shape[:2] == (3, 8)
+    for a, b in zip(want, floats(state.graph.module(**found.batches[0])), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @torch.no_grad()
@@ -155,7 +197,9 @@ def test_a_layer_that_no_op_takes_keeps_its_rounded_weight_and_is_a_miss() -> No
     assert first == Miss("w_q", first.why, "lower", 4 * 8 * 64) and "w_q has 3 axes" in first.why
     assert torch.equal(state.graph.module.w_q, rounded) and not torch.equal(rounded, found.model.w_q)
     assert distance(want, floats(state.graph.module(**found.batches[0]))) < 1e-6
-    assert all("not lowered: lower: w_" in layer.note and not layer.op for layer in state.report.layers)
+    for layer in state.report.layers:
+        assert (layer.scheme, layer.bits, layer.op) == (None, 0, "")
+        assert layer.note == f"rounded to W4A16_G16, but kept in float: {first.why.replace('w_q', layer.name)}"
 
 
 @torch.no_grad()

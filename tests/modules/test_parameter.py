@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 from qfx.core.errors import KernelError
 from qfx.core.qtensor import dynamic_scale, fake_quantize
 from qfx.core.spec import QSpec, Scheme, parse_scheme
-from qfx.passes.lower.parameter import QuantizingWeight, empty_parameter, parameter_qtensor, quantize_parameter
+from qfx.modules.parameter import QuantizingWeight, empty_parameter, parameter_qtensor, quantize_parameter
 from tests.kernels.law import quantize_weight
 
 SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}

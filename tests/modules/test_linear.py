@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from qfx.core.errors import KernelError
 from qfx.core.grid import E4M3, Int
 from qfx.core.spec import QSpec, Scheme, parse_scheme
-from qfx.passes.lower.linear import QLinear, choose_op
+from qfx.modules.linear import QLinear, choose_op
 from tests.kernels.law import DTYPES, Case, make_case, quantize_weight, violation
 
 SCHEMES = {
