@@ -20,7 +20,8 @@ from .core.passes import State
 from .core.report import Layer, Miss, general
 from .core.site import Site
 from .core.spec import scheme_label
-from .quantize import check_model, discover, feeds_of
+from .inputs import check_model, feeds_of
+from .quantize import discover
 from .recipes import Recipe, settings
 from .report import add_row, new_table, percent, plain
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qfx
 from qfx.core.report import Report
+from qfx.inputs import feeds_of
 from qfx.modules.linear import QLinear
-from qfx.quantize import feeds_of
 from qfx.recipes import Recipe
 from tests.zoo import ZOO
 from tests.zoo.decoders import token_ids

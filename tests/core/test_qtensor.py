@@ -147,6 +147,13 @@ def test_an_asymmetric_range_holds_zero(lo: float, hi: float, scale: float, zero
     assert decoded[0, 0] == 0 and (decoded - values).abs().max() <= scale / 2
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_ties_are_rounded_before_the_zero_point_is_added(zero: int) -> None:
+    w, scale, point = torch.tensor([[-1.5, -0.5, 0.5, 1.5, 2.5]]), torch.ones(1, 1), torch.tensor([[zero]]).int()
+    assert encode(w, scale, point, UINT8).codes.tolist() == [[zero - 2, zero, zero, zero + 2, zero + 2]]
+    assert fake_quantize(w, scale, point, UINT8).tolist() == [[-2, 0, 0, 2, 2]]
+
+
 @every_spec
 def test_zeros_and_the_smallest_numbers_have_a_scale(spec: QSpec) -> None:
     for value in (0.0, 1e-45, 1e-38, -1e-40):
