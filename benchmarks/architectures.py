@@ -35,10 +35,9 @@ RECIPES: dict[str, Any] = {
     "OS+": {"outlier_suppression_plus": {"steps": 8, "value": True, "inner": True}},
 }
 REASONS = {
-    r"is also used by .*embed": "weight tied to an embedding",
-    r"is also used by": "weight or bias used more than once",
+    r"is also used by": "tied or used more than once",
     r"its value is an output": "value is an output of the model",
-    r"'add' at": "residual takes the value",
+    r"'add' at": "an add takes the value",
     r"'linear' at": "a product that is left takes the value",
     r"'(\w+)' at": "behind {}",
     r"no norm or linear writes": "nothing writes its input",

@@ -41,6 +41,7 @@ def measure() -> Measure:
             for step in (*steps, Lower()):
                 step(state)
         assert len(state.solved) == 28
+        assert len(state.report.folds) == (8 if SmoothQuant() in steps else 0)
         return perplexity_of(state.graph.module)
 
     return measured

@@ -248,7 +248,9 @@ def _uncovered(
             if len(seen) > 150:
                 break
             for source in node.all_input_nodes:
-                if source not in seen and source.op == "call_function":
+                value = prober.env.get(source)
+                chosen = isinstance(value, Tensor) and not value.is_floating_point()  # by a router: no channels there
+                if source not in seen and source.op == "call_function" and not chosen:
                     seen.add(source)
                     queue.append(source)
         misses.append(Miss(linear.name, why, weights=graph.attr(linear.weight).numel()))

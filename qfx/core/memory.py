@@ -41,6 +41,8 @@ def estimate(graph: Graph, batches: Sequence[Mapping[str, Tensor]]) -> Memory:
                     live.discard(dead)
                     alive -= one.get(dead, 0)
         block = max(block, peak)
+        if segment is graph.segments()[-1]:  # its values, such as all logits, are not kept
+            break
         boundary = max(boundary, int(scale * sum(one.get(n, 0) for n in live)))
     return Memory(boundary, block)
 

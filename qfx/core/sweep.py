@@ -94,8 +94,12 @@ class Sweep:
 
     @torch.no_grad()
     def advance(self, tap: Callable[[fx.Node, Any], Any] | None = None) -> None:
-        """Runs the next segment on every batch and moves behind it."""
+        """Runs the next segment on every batch and moves behind it; not the last one, whose values nothing reads."""
         segment = self.segments[self.index]
+        if self.index == len(self.segments) - 1:
+            self.boundary = [{} for _ in self.batches]
+            self.index += 1
+            return
         for batch, env in zip(self.batches, self.boundary, strict=True):
             self.graph.execute(segment.nodes, env, feeds=batch, tap=tap, drop=segment.drop)
         self.index += 1

@@ -1,12 +1,13 @@
 """Observers: they see exactly the values, change nothing, and leave no trace."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from qfx.core.observe import Observe, insert, remove, set_masks
+from qfx.core.observe import Observe, ObserveExperts, insert, insert_experts, remove, set_masks
 from qfx.core.statistic import Statistic
 from qfx.core.stats import AbsMax
 from tests.zoo.captured import Captured, captured
@@ -107,6 +108,7 @@ def test_padding_is_left_out() -> None:
         (torch.ones(2, 12).index_fill(1, torch.arange(3), -5), 24),  # what is not zero counts
         (torch.ones(2, 12, dtype=torch.bool).index_fill(0, torch.tensor([1]), False), 12),
         (torch.zeros(2, 1, 12, 12), 24),  # not a mask of tokens
+        (torch.tensor([1, 0]), 24),
         (torch.zeros(2, 7), 24),  # nor of these tokens
     ],
 )
@@ -138,3 +140,49 @@ def test_an_observer_hands_on_what_it_got() -> None:
     x = torch.randn(2, 3, 4, requires_grad=True)
     observer = Observe([stat := Keep()])
     assert observer(x) is x and not stat.value().requires_grad
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_each_expert_is_observed_on_its_own_tokens(name: str) -> None:
+    model = captured(name)
+    before, env, wanted = text(model), model.env(), model.run()
+    experts = [lin for lin in model.linears if lin.experts]
+    kept = {lin: [Keep() for _ in range(4)] for lin in experts}
+    added = [insert_experts(model.graph, lin, stats) for lin, stats in kept.items()]
+    model.graph.fx.lint()
+    assert len(added) == 4 and all(a.equal(b) for a, b in zip(wanted, model.run(), strict=True))
+    remove(model.graph)
+    assert text(model) == before
+    for lin, stats in kept.items():
+        rows, ends = env[lin.x], env[lin.offsets].tolist()
+        assert [stat.count for stat in stats] == [b - a for a, b in pairwise([0, *ends])]
+        assert torch.cat([stat.value() for stat in stats if stat.count]).equal(rows)
+        # an expert's product is that of its tokens alone
+        first = next(i for i, stat in enumerate(stats) if stat.count)
+        found = stats[first].value() @ lin.read(model.graph)[first].T
+        assert torch.allclose(found, env[lin.node][: len(found)], atol=1e-5)
+
+
+def test_experts_of_a_3d_input_and_without_tokens() -> None:
+    x, stats = torch.randn(3, 5, 4), [Keep(), Keep(), Keep()]
+    assert ObserveExperts(stats)(x) is x and all(stat.value().equal(part) for stat, part in zip(stats, x, strict=True))
+    idle = [Keep(), Keep(), Keep()]
+    ObserveExperts(idle)(x[0], torch.tensor([2, 2, 5]))
+    assert [stat.count for stat in idle] == [2, 0, 3] and idle[2].value().equal(x[0, 2:])
+
+
+def test_a_value_from_before_is_observed_where_it_is_read() -> None:
+    model = captured("block_stack")
+    before, later = text(model), model.graph.segments()[2:]
+    inside = [n for s in later for n in s.nodes]
+    value = next(n for n in model.graph.segments()[1].leaves)
+    elsewhere = model.graph.segments()[0].nodes[0]
+    readers = [u for u in value.users if u in inside]
+    (node,) = insert(
+        model.graph, {value: [stat := Keep()], elsewhere: [Keep()]}, inside
+    )  # nothing there reads that one
+    model.graph.fx.lint()
+    assert set(node.users) == set(readers) and any(node in s.nodes for s in model.graph.segments()[2:])
+    model.run()
+    remove(model.graph)
+    assert text(model) == before and stat.value().equal(model.env()[value].flatten(0, 1))

@@ -55,8 +55,7 @@ def test_a_sweep_is_the_whole_run(name: str) -> None:
         sweep.advance()
         done = set(flat[: flat.index(segment.nodes[-1]) + 1])
         for env, boundary in zip(envs, sweep.boundary, strict=True):
-            # only what is read later, or returned
-            assert set(boundary) == {n for n in done if any(u not in done or u.op == "output" for u in n.users)}
+            assert set(boundary) == {n for n in done if any(u not in done for u in n.users)}  # what is read later
             assert all(equal(value, env[n]) for n, value in boundary.items())
     assert sweep.done() and str(model.graph.fx) == start
 
@@ -106,6 +105,28 @@ def test_several_segments_are_observed_at_once() -> None:
     assert sweep.index == 0 and all(
         torch.allclose(stat.value().mean, envs[0][x].flatten(0, 1).mean(0), atol=1e-6) for x, (stat,) in stats.items()
     )
+
+
+def test_a_value_of_an_earlier_block_is_observed_where_it_is_read() -> None:
+    model = captured("block_stack")
+    envs, sweep, start = envs_of(model, [model.feeds]), Sweep(model.graph, [model.feeds]), str(model.graph.fx)
+    sweep.advance()
+    (value,) = sweep.boundary[0]
+    stat = AbsMax()
+    sweep.observe({value: [stat]})
+    assert stat.value().equal(envs[0][value].flatten(0, 1).abs().amax(0)) and str(model.graph.fx) == start
+
+
+def test_experts_are_measured_apart() -> None:
+    model = captured("mixtral")
+    (env,), sweep, start = envs_of(model, [model.feeds]), Sweep(model.graph, [model.feeds]), str(model.graph.fx)
+    experts = next(lin for lin in model.linears if lin.experts)
+    stats = [AbsMax() for _ in range(4)]
+    sweep.advance()
+    sweep.observe({}, experts={experts: stats})
+    assert sum(stat.count for stat in stats) == len(env[experts.x]) == 48 and str(model.graph.fx) == start
+    parts = env[experts.x].tensor_split(env[experts.offsets][:-1].tolist())
+    assert all(stat.value().equal(p.abs().amax(0)) for stat, p in zip(stats, parts, strict=True) if stat.count)
 
 
 def test_padding_is_left_out_batch_by_batch() -> None:
