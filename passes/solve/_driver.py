@@ -71,7 +71,6 @@ def solve_layers(state: State, walk: Walk, round_: Round) -> Result:
         return result
     sweep = Sweep(state.graph, state.batches)
     position = segment_of(state.graph)
-    last = {w: max(position[lin.node] for lin in linears) for w, linears in by_weight.items()}
     kept: dict[str, list[_Measured]] = {}
     total = len(sweep.segments)
     while not sweep.done():
@@ -83,7 +82,9 @@ def solve_layers(state: State, walk: Walk, round_: Round) -> Result:
             measured = _measure(sweep, walk, wave, static, stored)
             for linear in wave:
                 kept.setdefault(linear.weight, []).append(measured[linear.node])
-            ready += dict.fromkeys(lin.weight for lin in wave if last[lin.weight] == sweep.index)
+            # a weight with several uses is solved once all of them were measured
+            seen = dict.fromkeys(lin.weight for lin in wave)
+            ready += [w for w in seen if len(kept[w]) == len(by_weight[w])]
             if walk.sequential:
                 _solve_ready(state, walk, ready, by_weight, round_, kept, result)
         if not walk.sequential:  # the blocks ahead must still see this one in float

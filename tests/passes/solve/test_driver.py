@@ -190,7 +190,6 @@ def test_a_weight_that_is_used_twice_is_solved_once_for_both(mode: tuple[bool, b
         assert solved.input_scale.item() == pytest.approx(x.abs().max().item() / 127, rel=1e-5)
 
 
-@pytest.mark.xfail(reason="a wave solves a weight that a later wave of its block uses again", strict=True)
 @torch.no_grad()
 def test_a_weight_that_waves_of_one_block_share_is_solved_once() -> None:
     state = zoo("shared_block").fresh({"*": "W4A8_G16_STATIC"})
