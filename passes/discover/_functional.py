@@ -48,7 +48,9 @@ def _replace(graph: fx.Graph, node: fx.Node) -> bool:
         now = {node: part, written: part}
         for view in views if stale else ():
             source, *rest = view.args
-            now[source] = part = graph.call_function(_SCATTERS[view.target], (source, part, *rest), view.kwargs)
+            assert isinstance(source, fx.Node)
+            scatter: Any = _SCATTERS[view.target]  # type: ignore[index]
+            now[source] = part = graph.call_function(scatter, (source, part, *rest), view.kwargs)
     where = {k: v for k, v in node.meta.items() if k != "val"}  # of the write, not of the value
     for old, new in now.items():
         new.meta = dict(old.meta) | where
