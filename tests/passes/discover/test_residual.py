@@ -75,6 +75,17 @@ def test_the_stream_is_rotated_and_the_rest_is_not() -> None:
     assert all(model.graph.attr(gain.param).eq(1).all() for _, gain in site.readers if gain)
 
 
+def test_weights_are_rounded_once() -> None:
+    model, change = captured("llama"), rotation()
+    site, old = residual_of(model), {k: v.double() for k, v in model.state().items()}
+    rotate(model.graph, site, change)
+    for writer in site.writers:
+        assert writer.read(model.graph).equal(change.write(old[writer.weight]).float())
+    for reader, gain in site.readers:
+        assert reader.read(model.graph).equal(change.read(old[reader.weight] * old[gain.param]).float())
+    assert model.graph.attr(site.tables[0]).equal(change(old[site.tables[0]]).float())
+
+
 def test_any_orthogonal_map_and_several_in_a_row() -> None:
     model = captured("llama", torch.float64)
     site, wanted, start = residual_of(model), model.run(), model.snapshot()

@@ -1,0 +1,178 @@
+"""Nibbles to what the tensor cores multiply, in registers.
+
+Every decoder takes a tile of 64 bytes a row, which stand for 128 columns, and returns `[rows, 128]`. The tile's bytes
+are laid out (`qfx.kernels.nibbles`) so that each thread already holds the columns that the product wants from it: the
+joins, permutations and reshapes below only rename registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qfx.kernels.gpu.launch import interpreted
+
+
+@triton.jit
+def int4_to_float(words, zero, F16: tl.constexpr):
+    """int16 `[n, 32]` of layout `quarters`, less `zero` `[n, 1]`; exact."""
+    if interpreted:
+        w = words.to(tl.int32)
+        a0 = (w & 15).to(tl.float32) - zero
+        a1 = ((w >> 4) & 15).to(tl.float32) - zero
+        a2 = ((w >> 8) & 15).to(tl.float32) - zero
+        a3 = ((w >> 12) & 15).to(tl.float32) - zero
+    elif F16:
+        # 0x6400 is 1024 and its last bit is worth 1: or-ing a nibble in adds it
+        z = (zero + 1024.0).to(tl.float16)
+        a0, a1, a2, a3 = tl.inline_asm_elementwise(
+            asm="""{
+            .reg .b32 c, t;
+            lop3.b32 c, $4, 0x000f000f, 0x64006400, 0xEA; sub.f16x2 $0, c, $5;
+            shr.b32 t, $4, 4;  lop3.b32 c, t, 0x000f000f, 0x64006400, 0xEA; sub.f16x2 $1, c, $5;
+            shr.b32 t, $4, 8;  lop3.b32 c, t, 0x000f000f, 0x64006400, 0xEA; sub.f16x2 $2, c, $5;
+            shr.b32 t, $4, 12; lop3.b32 c, t, 0x000f000f, 0x64006400, 0xEA; sub.f16x2 $3, c, $5;
+            }""",
+            constraints="=r,=r,=r,=r,r,r",
+            args=[words, z],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        # 0x4300 is 128 in bfloat16
+        z = (zero + 128.0).to(tl.bfloat16)
+        a0, a1, a2, a3 = tl.inline_asm_elementwise(
+            asm="""{
+            .reg .b32 c, t;
+            lop3.b32 c, $4, 0x000f000f, 0x43004300, 0xEA; sub.bf16x2 $0, c, $5;
+            shr.b32 t, $4, 4;  lop3.b32 c, t, 0x000f000f, 0x43004300, 0xEA; sub.bf16x2 $1, c, $5;
+            shr.b32 t, $4, 8;  lop3.b32 c, t, 0x000f000f, 0x43004300, 0xEA; sub.bf16x2 $2, c, $5;
+            shr.b32 t, $4, 12; lop3.b32 c, t, 0x000f000f, 0x43004300, 0xEA; sub.bf16x2 $3, c, $5;
+            }""",
+            constraints="=r,=r,=r,=r,r,r",
+            args=[words, z],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    return tl.join(tl.join(a0, a1), tl.join(a2, a3)).permute(0, 3, 2, 1).reshape(words.shape[0], 128)
+
+
+@triton.jit
+def int4_to_int8(octets, zero, ZERO: tl.constexpr):
+    """uint8 `[n, 64]` of layout `halves` as int8.
+
+    Symmetric: 16 times the two's complement nibble, since a nibble in the upper half of a byte is just that.
+    Asymmetric: the nibble less `zero` `[n, 1]` (uint8).
+    """
+    if interpreted:
+        p = octets.to(tl.int32)
+        if ZERO:
+            low = ((p & 15) - zero.to(tl.int32)).to(tl.int8)
+            high = ((p >> 4) - zero.to(tl.int32)).to(tl.int8)
+        else:
+            low = ((p << 4) & 255).to(tl.int8)
+            high = (p & 240).to(tl.int8)
+    elif ZERO:
+        # 128 + nibble - zero stays in 113..143: no byte borrows from its neighbour; then the sign bit is flipped
+        low, high = tl.inline_asm_elementwise(
+            asm="""{
+            .reg .b32 t, u;
+            lop3.b32 t, $2, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $0, t, 0x80808080;
+            shr.b32 u, $2, 4;
+            lop3.b32 t, u, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $1, t, 0x80808080;
+            }""",
+            constraints="=r,=r,r,r",
+            args=[octets, zero],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low, high = tl.inline_asm_elementwise(
+            asm="{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }",
+            constraints="=r,=r,r",
+            args=[octets],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    return tl.join(low, high).permute(0, 2, 1).reshape(octets.shape[0], 128)
+
+
+@triton.jit
+def table_to_float(words, table_ptr, ASM: tl.constexpr, F16: tl.constexpr):
+    """int16 `[n, 32]` of layout `pairs` through a table of 16 floats.
+
+    `prmt` looks up four bytes at a time: the low bytes of the table's entries, then the high ones.
+    """
+    if interpreted:
+        w = words.to(tl.int32)
+        nibbles = tl.join(tl.join(w & 15, (w >> 8) & 15), tl.join((w >> 4) & 15, (w >> 12) & 15))
+        # axes: row, pair of columns, word of the register, upper byte of the word, upper nibble of the byte
+        nibbles = nibbles.reshape(words.shape[0], 16, 2, 2, 2).permute(0, 2, 3, 1, 4).reshape(words.shape[0], 128)
+        a = tl.load(table_ptr + nibbles).to(tl.float32)
+    else:
+        a0, a1, a2, a3 = tl.inline_asm_elementwise(
+            asm=ASM,
+            constraints="=r,=r,=r,=r,r",
+            args=[words],
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=2,
+        )
+        a = tl.join(tl.join(a0, a1), tl.join(a2, a3)).permute(0, 3, 2, 1).reshape(words.shape[0], 128)
+        if F16:
+            a = a.to(tl.float16, bitcast=True)
+        else:
+            a = a.to(tl.bfloat16, bitcast=True)
+    return a
+
+
+@triton.jit
+def table_to_float8(octets, table_ptr, ASM: tl.constexpr):
+    """uint8 `[n, 64]` of layout `fours` through a table of 16 float8_e4m3 values."""
+    if interpreted:
+        p = octets.to(tl.int32)
+        nibbles = tl.join(p & 15, p >> 4).reshape(octets.shape[0], 16, 2, 4).permute(0, 2, 1, 3)
+        a = tl.load(table_ptr + nibbles.reshape(octets.shape[0], 128))
+    else:
+        low, high = tl.inline_asm_elementwise(
+            asm=ASM, constraints="=r,=r,r", args=[octets], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True, pack=4
+        )
+        a = tl.join(low, high).permute(0, 2, 1).reshape(octets.shape[0], 128)
+    return a
+
+
+def _lookup(out: str, selector: str, table: list[int]) -> str:
+    """PTX: four bytes of a 16-byte table, chosen by the four nibbles in the low half of `selector`."""
+    t0, t1, t2, t3 = (f"0x{t:08x}" for t in table)
+    return (
+        f"and.b32 s, {selector}, 0x7777; mov.b32 u, {t1}; mov.b32 v, {t3};"
+        f"mov.b32 p, {t0}; prmt.b32 p, p, u, s; mov.b32 q, {t2}; prmt.b32 q, q, v, s;"
+        # bit 3 of each nibble says which half of the table it meant: 0 or 1 picks byte 0x00 or 0xff of the constant
+        f"shr.u32 s, {selector}, 3; and.b32 s, s, 0x1111; mov.b32 u, 0x0000ff00; prmt.b32 s, u, u, s;"
+        f"lop3.b32 {out}, s, q, p, 0xCA;"
+    )
+
+
+def _bytes_to_words(values: list[int]) -> list[int]:
+    return [sum(values[4 * i + j] << (8 * j) for j in range(4)) for i in range(4)]
+
+
+def table8_asm(table: tuple[int, ...]) -> str:
+    """PTX of `table_to_float8` for 16 bytes."""
+    entries = _bytes_to_words(list(table))
+    body = _lookup("$0", "$2", entries) + "shr.u32 r, $2, 16;" + _lookup("$1", "r", entries)
+    return "{ .reg .b32 p, q, r, s, u, v;" + body + "}"
+
+
+def table16_asm(table: tuple[int, ...]) -> str:
+    """PTX of `table_to_float` for 16 halfwords."""
+    low, high = _bytes_to_words([t & 255 for t in table]), _bytes_to_words([t >> 8 for t in table])
+    body = ""
+    for selector, first, second in (("$4", "$0", "$1"), ("r", "$2", "$3")):
+        body += _lookup("l", selector, low) + _lookup("h", selector, high)
+        body += f"prmt.b32 {first}, l, h, 0x5140; prmt.b32 {second}, l, h, 0x7362; shr.u32 r, $4, 16;"
+    return "{ .reg .b32 h, l, p, q, r, s, u, v;" + body + "}"

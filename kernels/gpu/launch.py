@@ -1,0 +1,127 @@
+"""Launching a Triton kernel with little Python in between, interpreting it, or only compiling it.
+
+Triton's own `kernel[grid](...)` binds and specializes every argument on each call, 20 µs and more. A `Launcher` binds
+once for each combination of argument kinds and then calls the compiled kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRET: bool = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1` when Triton is imported)."""
+
+Recorder = Callable[["Launcher", tuple[int, ...], tuple[Any, ...]], None]
+_recorder: Recorder | None = None
+
+
+class Launcher:
+    """A kernel with its compile-time arguments.
+
+    The kernel's `tl.constexpr` parameters must come last, and `meta` gives all of them, beside `num_warps`,
+    `num_stages` and whatever else Triton takes.
+
+    Attributes:
+        kernel: the function under `@triton.jit`.
+        meta: compile-time arguments and options by name.
+    """
+
+    def __init__(self, kernel: Any, **meta: Any) -> None:
+        self.kernel, self.meta = kernel, {"enable_fp_fusion": True, **meta}
+        names = kernel.arg_names
+        self._constants = tuple(meta[n] for n in names if n in meta)
+        first = len(names) - len(self._constants)
+        if any(n in meta for n in names[:first]):
+            raise TypeError(f"{kernel.__name__}: compile-time parameters come last")
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launches on the current stream of the current device; `grid` has three numbers, none of them 0."""
+        if _recorder is not None:
+            _recorder(self, grid, args)
+            return
+        if INTERPRET:
+            names = self.kernel.arg_names
+            self.kernel[grid](*args, **{k: v for k, v in self.meta.items() if k in names})
+            return
+        device = torch.cuda.current_device()
+        key = (device, *[_kind(a) for a in args])
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            # compiles, and launches
+            self._compiled[key] = self.kernel[grid](*args, **self.meta)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        handle, packed = compiled.function, compiled.packed_metadata
+        compiled.run(*grid, stream, handle, packed, None, None, None, *args, *self._constants)
+
+
+def _kind(value: Any) -> Any:
+    """All that Triton specializes a kernel on."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    if value is None or isinstance(value, float):
+        return value is None
+    return type(value), value.base.dtype, tuple(value.block_shape)  # a TensorDescriptor
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Within it, nothing is launched: each launch is handed to `recorder`."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = before
+
+
+class _Target:
+    """A driver that knows a GPU by name only, enough for Triton to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(capability: int) -> Iterator[list[tuple[Launcher, Any]]]:
+    """Within it, every launch is compiled for that compute capability (90 is sm_90) and not run; needs no GPU.
+
+    Yields:
+        A list that fills with (launcher, compiled kernel); `compiled.asm["ptx"]` and the like hold the code.
+    """
+    compiled: list[tuple[Launcher, Any]] = []
+
+    def record(launcher: Launcher, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        compiled.append((launcher, launcher.kernel.warmup(*args, grid=grid, **launcher.meta)))
+
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_Target(capability))
+    try:
+        with recording(record):
+            yield compiled
+    finally:
+        driver._active = before
+
+
+interpreted = tl.constexpr(INTERPRET)
+"""For kernels: inline PTX has to be spelled out in arithmetic in the interpreter."""

@@ -1,0 +1,242 @@
+"""`qfx::w4a8_linear`: weights of up to 4 bits times activations of 8 bits, for the GPU (W4A8, W4AFP8).
+
+`qfx::wnaq_linear` computes the same from codes as they are stored. `qfx::w4a8_gemm` takes an input that is already
+quantized.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qfx.core.errors import KernelError
+from qfx.core.grid import Int
+from qfx.core.spec import Scheme
+from qfx.kernels import nibbles
+from qfx.kernels.quantize_rows import grid_name, quantize_activation
+
+CASES = [
+    ((16,), 128, 32, "W4A8"),
+    ((1,), 256, 64, "W4A8_G64"),
+    ((3,), 160, 33, "W4A8_G32"),
+    ((2, 3), 136, 24, "W4A8_CHANNEL"),
+    ((7,), 256, 17, "W4A8_ASYM_G128"),
+    ((5,), 512, 9, "W3A8_G256"),
+    ((7,), 128, 9, "W4AFP8"),
+    ((4,), 256, 136, "W4AFP8"),
+    ((0,), 128, 8, "W4A8"),
+]
+"""(leading dims, in_features, out_features, scheme)."""
+
+X_GRIDS = ("int8_narrow", "int8", "e4m3")
+
+
+@torch.library.custom_op("qfx::w4a8_gemm", mutates_args=())
+def w4a8_gemm(
+    x: Tensor,
+    x_scale: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`x · x_scale @ w.T + bias`.
+
+    Args:
+        x: codes `[tokens, in]`: int8, or float8_e4m3fn.
+        x_scale: float32 `[tokens, 1]`.
+        tiles: codes as `prepare` lays them out for that dtype, uint8 `[row tiles, column tiles, 128, 64]`.
+        scale: float32 `[groups, 128 · row tiles]`.
+        zero: uint8 of that shape, or None.
+        bias: `[out]` or None.
+        out_features: `out`.
+        group: columns of a group, or -1 for one group.
+        dtype: of the output.
+
+    Returns:
+        `[tokens, out]`.
+
+    Raises:
+        KernelError: the tiles do not have as many columns as x, or x is of another dtype.
+    """
+    return _reference(x, x_scale, tiles, scale, zero, bias, out_features, group, dtype)
+
+
+def _reference(
+    x: Tensor,
+    x_scale: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check(x, tiles)
+    values = nibbles.untile(tiles, _layout(x.dtype), out_features, x.shape[-1]).float()
+    if zero is None:
+        values = torch.where(values > 7, values - 16, values)
+    w = nibbles.dequantize_tiles(values, scale, zero, group)
+    y = (x.float() @ w.t()) * x_scale
+    return (y if bias is None else y + bias).to(dtype)
+
+
+@w4a8_gemm.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check(x, tiles)
+    return x.new_empty((x.shape[0], out_features), dtype=dtype)
+
+
+@w4a8_gemm.register_kernel("cuda")
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from qfx.kernels.gpu.w4 import eight_bit_decoder, w4
+
+    decoder = eight_bit_decoder(x.dtype, zero is not None)
+    return w4(x, tiles, scale, zero, bias, out_features, group, decoder, x_scale=x_scale, dtype=dtype)
+
+
+@torch.library.custom_op("qfx::w4a8_linear", mutates_args=())
+def w4a8_linear(
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group: int,
+    x_grid: str,
+) -> Tensor:
+    """`fake_quantize(x) @ w.T + bias`, x quantized for each token.
+
+    Args:
+        x: `[..., in]`, any float dtype.
+        tiles: codes as `prepare` lays them out, uint8 `[row tiles, column tiles, 128, 64]`.
+        scale: float32 `[groups, 128 · row tiles]`.
+        zero: uint8 of that shape, or None.
+        order: int32 `[in]`, the column of x for each column of the tiles, or None.
+        bias: `[out]` or None.
+        out_features: `out`.
+        group: columns of a group, or -1 for one group.
+        x_grid: one of `X_GRIDS`.
+
+    Returns:
+        `[..., out]` of x's dtype.
+
+    Raises:
+        KernelError: the tiles do not have as many columns as x.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    codes, x_scale, _ = quantize_activation(_ordered(flat, order), x_grid, None, None, False)
+    y = _reference(codes, x_scale, tiles, scale, zero, bias, out_features, group, x.dtype)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+@w4a8_linear.register_fake
+def _(
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group: int,
+    x_grid: str,
+) -> Tensor:
+    nibbles.check("w4a8_linear", x, tiles)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@w4a8_linear.register_kernel("cuda")
+def _(
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    group: int,
+    x_grid: str,
+) -> Tensor:
+    from qfx.kernels.gpu.rowwise import quantize_rows
+    from qfx.kernels.gpu.w4 import eight_bit_decoder, w4
+
+    codes, x_scale = quantize_rows(_ordered(x.reshape(-1, x.shape[-1]), order), x_grid)
+    decoder = eight_bit_decoder(codes.dtype, zero is not None)
+    y = w4(codes, tiles, scale, zero, bias, out_features, group, decoder, x_scale=x_scale, dtype=x.dtype)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | None:
+    """None if the op computes a linear of this scheme, otherwise the reason why not."""
+    w, x = scheme.weight, scheme.input
+    if x is None or not x.dynamic or x.block != (1, -1) or grid_name(x.grid) not in X_GRIDS:
+        return f"w4a8_linear: the input is not quantized for each token on one of {', '.join(X_GRIDS)}"
+    if not isinstance(w.grid, Int) or w.grid.bits > 4:
+        return "w4a8_linear: the weight is not integers of at most 4 bits"
+    if not w.symmetric and not isinstance(x.grid, Int):
+        return "w4a8_linear: float8 activations with zero points; use symmetric weights"
+    if not w.symmetric and 32 <= in_features // max(1, w.groups(in_features)) < nibbles.TILE and w.block[1] > 0:
+        return "w4a8_linear: zero points in groups below 128"
+    if w.grid.bits == 4 and not w.grid.signed and w.symmetric:
+        return "w4a8_linear: unsigned codes without zero points"
+    return nibbles.supports_group("w4a8_linear", scheme, in_features)
+
+
+def prepare(
+    stored: dict[str, Tensor | None], *, bits: int, in_features: int, signed: bool, x_grid: str
+) -> dict[str, Tensor | None]:
+    """A stored weight in the kernel layout for activations of that grid: `tiles`, `scale`, `zero`, `order`."""
+    return nibbles.prepare(stored, _layout_for(x_grid), bits=bits, in_features=in_features, signed=signed, offset=0)
+
+
+def restore(
+    prepared: dict[str, Tensor | None], *, bits: int, in_features: int, out_features: int, signed: bool, x_grid: str
+) -> dict[str, Tensor | None]:
+    """The inverse of `prepare`."""
+    size = {"in_features": in_features, "out_features": out_features}
+    return nibbles.restore(prepared, _layout_for(x_grid), bits=bits, signed=signed, offset=0, **size)
+
+
+def _layout_for(x_grid: str) -> str:
+    return "fours" if x_grid == "e4m3" else "halves"
+
+
+def _layout(dtype: torch.dtype) -> str:
+    return "halves" if dtype == torch.int8 else "fours"
+
+
+def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.index_select(-1, order)
+
+
+def _check(x: Tensor, tiles: Tensor) -> None:
+    nibbles.check("w4a8_gemm", x, tiles)
+    if x.dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise KernelError(f"w4a8_gemm: codes of {x.dtype}; use int8 or float8_e4m3fn")
