@@ -1,0 +1,168 @@
+"""Whole models for benchmarks: well-known shapes, random weights made on the GPU and rounded to nearest."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qfx
+from bench import timing
+from qfx.core.qtensor import encode_minmax
+from qfx.core.spec import parse_scheme
+from qfx.modules.linear import QLinear
+
+POSITIONS = 256
+"""Length of the cache that a decoding step reads."""
+AT = 200
+"""The position that the step writes."""
+
+
+def config(name: str, layers: int | None = None) -> Any:
+    """The Hugging Face config of a model's shape, with fewer layers if asked."""
+    from transformers import LlamaConfig, OPTConfig
+
+    llama: dict[str, dict[str, int]] = {
+        "llama-3-8b": {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+        "llama-2-7b": {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    }
+    opt = {"opt-13b": (5120, 40, 40), "opt-30b": (7168, 48, 56)}
+    tiny = {"num_attention_heads": 4, "vocab_size": 256, "max_position_embeddings": 2048}  # to try the script itself
+    if name in llama:
+        sizes = {"hidden_size": 4096, "num_attention_heads": 32, "max_position_embeddings": 8192}
+        return LlamaConfig(**sizes, **llama[name], num_hidden_layers=layers or 32)
+    if name in opt:
+        width, depth, heads = opt[name]
+        sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 4 * width, "num_attention_heads": heads}
+        return OPTConfig(**sizes, num_hidden_layers=layers or depth, vocab_size=50272, dropout=0.0)
+    if name == "tiny-llama":
+        return LlamaConfig(**tiny, hidden_size=256, intermediate_size=512, num_hidden_layers=layers or 2)
+    if name == "tiny-opt":
+        return OPTConfig(**tiny, hidden_size=256, word_embed_proj_dim=256, ffn_dim=512, num_hidden_layers=layers or 2)
+    raise SystemExit(f"model: no shape {name!r}; use {', '.join([*llama, *opt])}")
+
+
+def build(name: str, layers: int | None, device: str) -> nn.Module:
+    """A bf16 model with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config(name, layers), dtype=torch.bfloat16, attn_implementation="sdpa")
+    return model.to(device).eval()
+
+
+def quantize(model: nn.Module, scheme_name: str) -> int:
+    """Replaces all linears but the output head by quantized ones, one at a time; returns how many."""
+    scheme, count = parse_scheme(scheme_name), 0
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or linear is head:
+            continue
+        weight = linear.weight.detach()
+        new = QLinear.from_qtensor(encode_minmax(weight, scheme.weight), linear.bias, scheme, dtype=weight.dtype)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new.eval())
+        del linear, weight
+        count += 1
+    return count
+
+
+def lower(model: nn.Module, ids: Tensor) -> str:
+    """`qfx.lower`, and what it says."""
+    fn = getattr(qfx, "lower", None)
+    if fn is None:
+        return "not lowered: this version of qfx has no `lower`"
+    report = fn(model, {"input_ids": ids})
+    return str(report)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied ones once."""
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
+
+
+def free() -> None:
+    """Gives back what a deleted model held, compiled code included."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@dataclass
+class Step:
+    """One decoding step over a static cache, at a fixed position."""
+
+    run: Callable[[], Tensor]
+    reset: Callable[[], None]
+
+
+def decode_step(model: nn.Module, forward: Callable[..., Any], batch: int) -> Step:
+    """A step of `forward`: the model, compiled or not. Mask and positions are given, so that no step makes them."""
+    from transformers import StaticCache
+
+    device = next(model.parameters()).device
+    cache = StaticCache(config=model.config, max_cache_len=POSITIONS)
+    ids = torch.randint(0, model.config.vocab_size, (batch, 1), device=device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)  # the cache allocates itself
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+    mask = (torch.arange(POSITIONS, device=device) <= AT).expand(batch, 1, 1, POSITIONS).contiguous()
+    place = torch.full((batch, 1), AT, device=device)
+
+    def run() -> Tensor:
+        given = {"attention_mask": mask, "position_ids": place}
+        return forward(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits
+
+    def reset() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(AT)
+
+    reset()
+    return Step(run, reset)
+
+
+def decode_time(step: Step, replays: int = 20) -> timing.Timing:
+    """Time of a step captured in a CUDA graph; the cache's length is set back between replays, outside the time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step.reset()
+            logits = step.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    if not logits.isfinite().all():
+        raise ArithmeticError("the logits are not finite")
+    del logits
+    graph, back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run()
+    with torch.cuda.graph(back):
+        step.reset()
+    times = []
+    for _ in range(replays + 2):
+        back.replay()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return timing.summary(times[2:], 1)
+
+
+def prefill_time(forward: Callable[..., Any], ids: Tensor, repeats: int = 7) -> timing.Timing:
+    """Time of a pass over a prompt without a cache; logits of the last position only, as `generate` asks for."""
+
+    def call() -> Any:
+        return forward(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    if not call().logits.isfinite().all():
+        raise ArithmeticError("the logits are not finite")
+    return timing.event_time([call], repeats)

@@ -1,0 +1,127 @@
+"""Compiles the Triton kernels of a run in parallel processes first: that takes far longer than measuring.
+
+Every process walks over all calls of the run with launches recorded and not made, and compiles its share of the
+distinct kernels: a hash of kernel, options and kinds of arguments says whose a kernel is. They compile for the GPU that
+is there, with the arguments that the real call has, so that Triton's key of its cache on disk is the real launch's.
+Loading the result builds the C part of the launch as well, and tells a configuration with too much shared memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], object]
+
+
+def walk(steps: Iterator[Step], index: int, count: int, candidates: bool) -> dict[str, Any]:
+    """Compiles this process's share of what the steps launch; what cannot be compiled is in `failed`."""
+    from qfx.kernels.gpu import launch, tune
+
+    seen: set[str] = set()
+    failed: dict[str, str] = {}
+    done = 0
+
+    def record(launcher: launch.Launcher, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        nonlocal done
+        kernel, kinds = launcher.kernel, [launch._kind(a) for a in args]
+        key = f"{kernel.__module__}.{kernel.__name__} {sorted(launcher.meta.items())} {kinds}"
+        if key in seen:
+            return
+        seen.add(key)
+        if zlib.crc32(key.encode()) % count != index:
+            return
+        try:
+            compiled = kernel.warmup(*args, grid=grid, **launcher.meta)
+            compiled.run  # noqa: B018  a property that loads the kernel
+            done += 1
+        except Exception as e:
+            failed[key.split("[", 1)[0] + str(launcher.meta)] = f"{type(e).__name__}: {str(e)[:160]}"
+
+    def every_candidate(
+        op: str, key: Any, configs: Sequence[Any], run: Callable[[Any, Tensor], object], w: Tensor
+    ) -> None:
+        for config in configs:
+            try:
+                run(config, w)
+            except Exception as e:
+                failed[f"{op} {config}"] = f"{type(e).__name__}: {str(e)[:160]}"
+
+    before = tune._measure_all
+    with launch.recording(record):
+        if candidates:
+            tune._measure_all = every_candidate  # type: ignore[assignment]
+            try:
+                with tune.autotune():
+                    _run(steps, failed)
+            finally:
+                tune._measure_all = before
+        else:
+            _run(steps, failed)
+    return {"compiled": done, "distinct": len(seen), "failed": failed}
+
+
+def launches(step: Step) -> list[str]:
+    """The names of the kernels that one call launches, nothing being launched."""
+    from qfx.kernels.gpu import launch
+
+    names: list[str] = []
+    with launch.recording(lambda launcher, grid, args: names.append(launcher.kernel.__name__)):
+        step()
+    return names
+
+
+def in_parallel(arguments: Sequence[str], workers: int, seconds: float) -> None:
+    """Starts this script again in `workers` processes with `--_compile i:n`, and waits."""
+    began = time.monotonic()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, sys.argv[0], *arguments, "--_compile", f"{i}:{workers}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for i in range(workers)
+    ]
+    compiled, failed = 0, {}
+    for process in started:
+        try:
+            out, err = process.communicate(timeout=max(1.0, seconds - (time.monotonic() - began)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            failed["a process"] = "killed: out of time"
+            continue
+        try:
+            result = json.loads(out.strip().splitlines()[-1])
+        except (IndexError, ValueError):
+            failed["a process"] = err.strip()[-400:]
+            continue
+        compiled += result["compiled"]
+        failed.update(result["failed"])
+    print(f"compiled {compiled} kernels in {workers} processes, {time.monotonic() - began:.0f} s", flush=True)
+    for name, why in list(failed.items())[:12]:
+        print(f"  not compiled: {name}: {why}", flush=True)
+    if len(failed) > 12:
+        print(f"  not compiled: {len(failed) - 12} more")
+
+
+def _run(steps: Iterator[Step], failed: dict[str, str]) -> None:
+    for step in steps:
+        try:
+            step()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        except Exception as e:
+            failed[f"call ({type(e).__name__})"] = str(e)[:160]
