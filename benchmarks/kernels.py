@@ -121,7 +121,7 @@ class Run:
             if role == "op":
                 row["kernels"] = precompile.launches(lambda: case.call(xs[0], w))
             time = timing.graph_time([lambda x=x: case.call(x, w) for x in xs])
-            moved = size * (2 + case.written) + (4 * tokens if case.written == 1 else 0)
+            moved = size * (2 + case.written) + (4 * tokens if case.written <= 1 else 0)
             self.results.add(row | vars(time) | {"gbps": moved / time.us / 1e3})
         except Missing as e:
             self.results.note(f"skipped {name}: {e}")
@@ -132,7 +132,7 @@ class Run:
         """Records a failure; after one that left the GPU unusable, goes on in a fresh process."""
         text = f"{type(error).__name__}: {error}".replace("\n", " ")
         self.results.add(row | {"failed": text[:400]})
-        self.results.note(f"failed {row['name']} M={row['M']} {row['N']}x{row['K']}: {text[:240]}")
+        self.results.note(f"failed {row['name']}: {text[:240]}")
         if self.a.verbose:
             traceback.print_exception(error)
         try:

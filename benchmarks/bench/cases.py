@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Linear:
         x_grid: the grid on which the op rounds its input, None for no rounding.
         largest: tokens above which it is not measured.
         captured: whether a CUDA graph can hold it.
+        expected: the output in float64 for rows of x, where it is not what `values` and `x_grid` say.
     """
 
     weights: Tensors
@@ -38,6 +40,7 @@ class Linear:
     x_grid: str | None = None
     largest: int = 1 << 30
     captured: bool = True
+    expected: Callable[[Tensor], Tensor] | None = None
 
     def traffic(self, inputs: Tensors, tokens: int, out: int) -> int:
         """Bytes that must move: weights and inputs in, a 2-byte result out."""
@@ -56,7 +59,7 @@ class Rows:
     """
 
     call: Callable[[Tensor, Tensor], object]
-    written: int = 1
+    written: float = 1
     expected: Callable[[Tensor, Tensor], Tensor] | None = None
     dequantize: Callable[[object], Tensor] | None = None
 
@@ -69,6 +72,14 @@ LIMIT = 2.0**-7
 bf16, 3 · 2^-9 at most, and a code may fall to the other side of a tie."""
 CHECKED = 64
 """Tokens of a larger call that are compared."""
+
+
+def hadamard(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The orthonormal Hadamard matrix of a power of two, in Sylvester's order."""
+    h = torch.ones(1, 1, device=device, dtype=torch.float64)
+    while h.shape[0] < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return (h / math.sqrt(n)).to(dtype)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -84,6 +95,8 @@ def linear_error(linear: Linear, x: Tensor, w: Tensor) -> float:
     rows = torch.linspace(0, x.shape[0] - 1, min(CHECKED, x.shape[0]), device=x.device).long()
     got = linear.call(linear.prepare(x), linear.weights)[: x.shape[0]][rows]
     taken = x[rows]
+    if linear.expected is not None:
+        return relative_error(got, linear.expected(taken))
     if linear.x_grid is None:
         inputs = taken.double()
     else:

@@ -238,7 +238,7 @@ PEERS: dict[str, Peer] = {
     "MSLK f8f8": Peer("fp8 gemm", mslk("fp8")),
     "MSLK i8i8": Peer("int8 gemm", mslk("int8")),
     "MSLK bf16i4": Peer("w4a16", mslk("bf16i4")),
-    "MSLK f8i4, gemm alone": Peer("w4a8", mslk("f8i4")),
+    "MSLK f8i4": Peer("w4a8 gemm", mslk("f8i4")),
     "bitsandbytes NF4": Peer("nf4", bitsandbytes_nf4),
     "bitsandbytes LLM.int8": Peer("llm.int8", bitsandbytes_int8, (BIG,), (16, 256, 2048)),
     "gemlite A16W4": Peer("w4a16", gemlite("a16w4"), (BIG, (4096, 4096)), (1, 16, 64, 256)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Rows
+from bench.cases import Rows, hadamard
 from bench.peers import fp8_rows, int8_rows, library, quick_autotune
 
 EPS = 1e-6
@@ -20,21 +19,13 @@ def _norm(x: Tensor, w: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[1],), w, EPS)
 
 
-def compiled(fn: Callable[[Tensor, Tensor], Any]) -> Callable[[], Rows]:
-    return lambda: Rows(torch.compile(fn, dynamic=False))
-
-
-def hadamard(n: int, device: Any) -> Tensor:
-    """The orthonormal Hadamard matrix of a power of two, in bf16."""
-    h = torch.ones(1, 1, device=device)
-    while h.shape[0] < n:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return (h / math.sqrt(n)).bfloat16()
+def compiled(fn: Callable[[Tensor, Tensor], Any], written: float = 1) -> Callable[[], Rows]:
+    return lambda: Rows(torch.compile(fn, dynamic=False), written)
 
 
 def factored_hadamard() -> Rows:
     """H of order `channels` as two products with smaller ones, then quantization, by torch.compile."""
-    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    factors: dict[int, tuple[Tensor, ...]] = {}
 
     def fn(x: Tensor, left: Tensor, right: Tensor) -> Any:
         y = left @ (x.view(x.shape[0], left.shape[0], right.shape[0]) @ right)
@@ -46,10 +37,32 @@ def factored_hadamard() -> Rows:
         n = x.shape[1]
         if n not in factors:
             inner = 1 << (n.bit_length() // 2)
-            factors[n] = hadamard(n // inner, x.device), hadamard(inner, x.device)
+            factors[n] = tuple(hadamard(size, x.device, x.dtype) for size in (n // inner, inner))
         return run(x, *factors[n])
 
     return Rows(call)
+
+
+def blocked_hadamard() -> Rows:
+    """Blocks of 128, a product, then quantization, by torch.compile."""
+
+    def fn(x: Tensor, h: Tensor) -> Any:
+        return int8_rows((x.view(-1, h.shape[0]) @ h).view(x.shape))
+
+    run = torch.compile(fn, dynamic=False)
+    held: list[Tensor] = []
+
+    def call(x: Tensor, w: Tensor) -> Any:
+        if not held:
+            held.append(hadamard(128, x.device, x.dtype))
+        return run(x, held[0])
+
+    return Rows(call)
+
+
+def _gated(x: Tensor, w: Tensor) -> Any:
+    gate, up = x.chunk(2, 1)
+    return int8_rows((F.silu(gate.float()) * up).to(x.dtype))
 
 
 def mslk_quantize() -> Rows:
@@ -77,6 +90,11 @@ ROW_PEERS: dict[str, tuple[str, Callable[[], Rows]]] = {
     "torch.compile norm+quantize int8": ("norm+quantize int8", compiled(lambda x, w: int8_rows(_norm(x, w)))),
     "torch.compile norm+quantize fp8": ("norm+quantize fp8", compiled(lambda x, w: fp8_rows(_norm(x, w)))),
     "Liger norm alone": ("norm+quantize int8", liger_norm),
-    "torch.compile hadamard+quantize int8": ("hadamard+quantize", factored_hadamard),
+    "torch.compile gated+quantize int8": (
+        "gated+quantize int8",
+        lambda: Rows(torch.compile(_gated, dynamic=False), 0.5),
+    ),
+    "torch.compile hadamard+quantize int8": ("hadamard+quantize int8", factored_hadamard),
+    "torch.compile hadamard 128+quantize int8": ("hadamard 128+quantize int8", blocked_hadamard),
 }
 """Name: (the family within which it is compared, the case)."""

@@ -1,0 +1,111 @@
+"""The benchmarks: every case computes what it says, a wrong one is noticed, tables compare the right rows."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def module(name: str) -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(f"bench.{name}")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+cases, ops, peers, report, timing = map(module, ("cases", "ops", "peers", "report", "timing"))
+
+
+def weight(out: int = 256, columns: int = 384) -> torch.Tensor:
+    return (torch.randn(out, columns) * 0.02).bfloat16()
+
+
+@pytest.mark.parametrize("name", list(ops.OPS))
+def test_case_computes_what_it_says(name: str) -> None:
+    w, x = weight(), torch.randn(5, 384).bfloat16()
+    linear = ops.OPS[name][1](w)
+    # where the op finds outliers by itself there are no codes to compare with: the error is that of 8 bits
+    limit = cases.LIMIT if linear.values is not None else 2.0**-5
+    assert cases.linear_error(linear, x, w) <= limit
+    assert linear.call(linear.prepare(x), linear.weights).shape == (5, 256)
+
+
+@pytest.mark.parametrize("name", ["int8_gemm", "w4a16_linear", "int8_outlier_linear static"])
+def test_wrong_result_is_noticed(name: str) -> None:
+    w, x = weight(), torch.randn(20, 384).bfloat16()
+    linear = ops.OPS[name][1](w)
+    one_row = replace(linear, call=lambda i, v: linear.call(i, v).index_fill(0, torch.tensor([19]), 0))
+    assert cases.linear_error(one_row, x, w) > cases.LIMIT
+    codes = linear.weights[0].clone()
+    codes.view(torch.uint8).view(-1)[:256] ^= 0x7F
+    assert cases.linear_error(replace(linear, weights=(codes, *linear.weights[1:])), x, w) > cases.LIMIT
+    nan = replace(linear, call=lambda i, v: linear.call(i, v) * float("nan"))
+    assert not cases.linear_error(nan, x, w) <= cases.LIMIT
+
+
+@pytest.mark.parametrize("name", list(ops.ROW_OPS))
+def test_row_case_computes_what_it_says(name: str) -> None:
+    x, gain = torch.randn(3, 256).bfloat16(), torch.randn(256).bfloat16()
+    case = ops.ROW_OPS[name][1]()
+    # half a step of 8-bit codes: 1/254 of a row's largest value, or 2^-4 of each value in E4M3
+    limit = 2.0**-4 if "fp8" in name else 0.04
+    assert cases.relative_error(case.dequantize(case.call(x, gain)), case.expected(x, gain)) <= limit
+
+
+def test_quantized_peers_agree_with_the_weight() -> None:
+    w, x = weight(), torch.randn(20, 384).bfloat16()
+    for make in (peers.bf16, peers.dynamic(peers.int8_rows, peers._int8_dynamic, False)):
+        assert cases.linear_error(make(w), x, w) < 2.0**-5
+
+
+def test_copies_leave_the_cache() -> None:
+    w = torch.empty(1 << 20, dtype=torch.uint8, device="meta")
+    assert len(timing.copies([w], 1)) == 32  # at most
+    large = torch.empty(1 << 26, dtype=torch.uint8, device="meta")
+    assert sum(v[0].numel() for v in timing.copies([large], timing.DECODE)) >= timing.ROTATED
+    assert len(timing.copies([large], timing.DECODE + 1)) == 1
+    huge = torch.empty(1 << 30, dtype=torch.uint8, device="meta")
+    assert len(timing.copies([huge], 1)) == 2
+
+
+def test_missing_op_says_so() -> None:
+    with pytest.raises(cases.Missing, match="no_such_op"):
+        ops.op("no_such_op")
+    with pytest.raises(cases.Missing, match="not installed"):
+        peers.library("no_such_library")
+
+
+def row(name: str, us: float, role: str, family: str = "f", tokens: int = 16) -> dict[str, Any]:
+    return {"name": name, "family": family, "role": role, "M": tokens, "N": 8, "K": 4, "us": us}
+
+
+def test_table_compares_with_bf16_and_the_fastest_peer(tmp_path: Path) -> None:
+    results = report.Results(tmp_path / "r.jsonl", resume=False)
+    for r in (
+        row("bf16", 30.0, "peer", "bf16"),
+        row("slow", 25.0, "peer"),
+        row("fast", 15.0, "peer"),
+        row("other", 1.0, "peer", "another family"),
+        row("ours", 10.0, "op"),
+        row("ours", 5.0, "op", tokens=1),
+    ):
+        results.add(r)
+    results.add({"name": "ours", "family": "f", "role": "op", "M": 64, "N": 8, "K": 4, "failed": "ValueError: no"})
+    text = report.table(results, "ours")
+    assert "10.0 3.00 1.50" in text and "5.0 - -" in text and "ValueError" in text
+    again = report.Results(tmp_path / "r.jsonl", resume=True)
+    assert again.rows == results.rows
+
+
+def test_hadamard_peer_is_orthonormal() -> None:
+    h = cases.hadamard(64, torch.device("cpu"), torch.float64)
+    assert torch.allclose(h @ h.t(), torch.eye(64, dtype=torch.float64))
