@@ -73,6 +73,24 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+@fp8_linear.register_kernel("cuda")
+def _(
+    x: Tensor,
+    codes: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_grid: str = "e4m3",
+    per_tensor: bool = False,
+) -> Tensor:
+    from qfx.kernels.gpu.linear8 import linear8, refusal
+
+    if refusal(x, codes) is not None:
+        return fp8_linear._init_fn(x, codes, w_scale, bias, x_scale, x_grid, per_tensor)
+    _check(x, codes, x_grid)
+    return linear8(x, codes, w_scale, bias, x_scale, None, x_grid, per_tensor)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, w_scale, bias, *_ = inputs
     ctx.save_for_backward(codes, w_scale)
