@@ -3,6 +3,26 @@
 Importing the package registers the ops as `torch.ops.qfx.*`; it does nothing else.
 """
 
-from qfx.kernels import fp8_linear, int8_linear, pack, quantize_rows, wna16_linear, wnaq_linear
+from qfx.kernels import (
+    fp8_linear,
+    gated_quantize,
+    hadamard,
+    int8_linear,
+    norm_quantize,
+    pack,
+    quantize_rows,
+    wna16_linear,
+    wnaq_linear,
+)
 
-__all__ = ["fp8_linear", "int8_linear", "pack", "quantize_rows", "wna16_linear", "wnaq_linear"]
+__all__ = [
+    "fp8_linear",
+    "gated_quantize",
+    "hadamard",
+    "int8_linear",
+    "norm_quantize",
+    "pack",
+    "quantize_rows",
+    "wna16_linear",
+    "wnaq_linear",
+]

@@ -1,4 +1,4 @@
-"""`qfx::quantize_rows`: symmetric codes of an activation with one dynamic scale for each token.
+"""`qfx::quantize_rows`: codes of an activation with one dynamic scale for each token, or a static one.
 
 Also the vocabulary by which ops name the grid of an activation (an op takes no dataclass): `int8_narrow` (-127..127),
 `int8` (-128..127), `uint8` (with a zero point), other widths alike, `e4m3`, `e5m2`.
@@ -6,6 +6,7 @@ Also the vocabulary by which ops name the grid of an activation (an op takes no 
 
 from __future__ import annotations
 
+import functools
 import re
 
 import torch
@@ -39,6 +40,7 @@ def grid_name(grid: Grid) -> str:
     return f"{'' if grid.signed else 'u'}int{grid.bits}{'_narrow' if grid.narrow else ''}"
 
 
+@functools.cache
 def named_grid(name: str) -> Grid:
     """The inverse of `grid_name`; an unknown name raises KernelError."""
     if name in _FLOATS:
@@ -76,29 +78,79 @@ def quantize_activation(
     return grid.encode(y if x_zero is None else y.round() + x_zero), x_scale, x_zero
 
 
+def codes_of(y: Tensor, x_grid: str, x_scale: Tensor | None, x_zero: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What ops that quantize their own result return: codes of y, and float32 scales `[..., 1]`.
+
+    A static scale is repeated, so that an op's scales have one shape. Raises KernelError as `quantize_rows`.
+    """
+    _check(x_grid, x_scale)
+    codes, scale, _ = quantize_activation(y, x_grid, x_scale, x_zero, False)
+    return codes, scale if x_scale is None else scale.reshape(()).expand(*y.shape[:-1], 1).contiguous()
+
+
+def empty_codes(x: Tensor, x_grid: str) -> tuple[Tensor, Tensor]:
+    """Uninitialized codes and scales as `codes_of` returns them."""
+    codes = x.new_empty(x.shape, dtype=named_grid(x_grid).dtype)
+    return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def gpu_reason(
+    x: Tensor, x_grid: str, x_scale: Tensor | None, x_zero: Tensor | None, whole_row: bool = False
+) -> str | None:
+    """None if the row-wise GPU kernels take this, otherwise the reason why not.
+
+    Args:
+        x: `[..., channels]`.
+        x_grid: name of a grid, or empty.
+        x_scale: of a static grid.
+        x_zero: of a static grid.
+        whole_row: the kernel holds a row in registers.
+    """
+    if x_grid:
+        _check(x_grid, x_scale)
+    from qfx.kernels.gpu import rowwise
+
+    if x.shape[-1] == 0 or (whole_row and x.shape[-1] > rowwise.MAX_BLOCK):
+        return f"rows of {x.shape[-1]} channels"
+    return rowwise.takes(x, x_grid, x_scale, x_zero)
+
+
 @torch.library.custom_op("qfx::quantize_rows", mutates_args=())
-def quantize_rows(x: Tensor, x_grid: str) -> tuple[Tensor, Tensor]:
-    """Symmetric codes of x, one scale for each token.
+def quantize_rows(
+    x: Tensor, x_grid: str, x_scale: Tensor | None = None, x_zero: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes of x: symmetric with one scale for each token, or of a static scale.
 
     Args:
         x: `[..., channels]`, any float dtype.
-        x_grid: name of a signed or float grid.
+        x_grid: name of a signed or float grid; with a static scale also of an unsigned one.
+        x_scale: float32 scalar, or None for a scale of each token's own.
+        x_zero: int32 scalar if the grid is static and unsigned.
 
     Returns:
         Codes `[..., channels]` of the grid's dtype, and scales float32 `[..., 1]`.
 
     Raises:
-        KernelError: the grid is unknown or unsigned.
+        KernelError: the grid is unknown, or unsigned without a static scale.
     """
-    _symmetric(x_grid)
-    codes, scale, _ = quantize_activation(x.contiguous(), x_grid, None, None, False)
-    return codes, scale
+    return codes_of(x.contiguous(), x_grid, x_scale, x_zero)
 
 
 @quantize_rows.register_fake
-def _(x: Tensor, x_grid: str) -> tuple[Tensor, Tensor]:
-    codes = x.new_empty(x.shape, dtype=_symmetric(x_grid).dtype)
-    return codes, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+def _(x: Tensor, x_grid: str, x_scale: Tensor | None = None, x_zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    _check(x_grid, x_scale)
+    return empty_codes(x, x_grid)
+
+
+@quantize_rows.register_kernel("cuda")
+def _(x: Tensor, x_grid: str, x_scale: Tensor | None = None, x_zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if gpu_reason(x, x_grid, x_scale, x_zero):
+        return codes_of(x.contiguous(), x_grid, x_scale, x_zero)
+    from qfx.kernels.gpu.gated_quantize import quantize_rows as run
+    from qfx.kernels.gpu.rowwise import as_rows
+
+    codes, scale = run(as_rows(x), x_grid, x_scale, x_zero)
+    return (codes, scale) if x.dim() == 2 else (codes.view(x.shape), scale.view(*x.shape[:-1], 1))
 
 
 def supports(spec: QSpec) -> str | None:
@@ -117,8 +169,9 @@ def supports_input(spec: QSpec) -> str | None:
     return f"a static activation scale for blocks of {spec.block}; use (-1, -1)"
 
 
-def _symmetric(x_grid: str) -> Grid:
+def _check(x_grid: str, x_scale: Tensor | None) -> None:
     grid = named_grid(x_grid)
-    if isinstance(grid, Int) and not grid.signed:
-        raise KernelError(f"quantize_rows: {x_grid} needs a zero point; use a signed or float grid")
-    return grid
+    if x_scale is None and isinstance(grid, Int) and not grid.signed:
+        raise KernelError(
+            f"quantize_rows: {x_grid} needs a zero point; use a signed or float grid, or give x_scale and x_zero"
+        )
