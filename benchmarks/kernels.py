@@ -165,8 +165,9 @@ class Run:
                 errors[row["name"]] = max(errors.get(row["name"], 0.0), row["error"])
         if errors:
             print("largest relative errors:", ", ".join(f"{k} {v:.1e}" for k, v in errors.items()))
-        for note in self.results.notes:
-            print(note)
+        lines = {f"failed {r['name']}: {r['failed'][:240]}": 0 for r in self.results.rows.values() if "failed" in r}
+        for line in dict.fromkeys([*(n for n in self.results.notes if n.startswith("skipped")), *lines]):
+            print(line)
         if self.skipped:
             print("out of time, not measured:", ", ".join(f"{k} ({v})" for k, v in self.skipped.items()))
 
@@ -211,7 +212,7 @@ def main() -> None:
         tune._shipped_table = lambda device: {}  # type: ignore[assignment]
     if a._compile:
         index, count = map(int, a._compile.split(":"))
-        result = precompile.walk(sweep.steps(a), index, count, a.tune)
+        result = precompile.walk(sweep.steps(a, index), index, count, a.tune)
         if a.peers and not a.tune:
             sweep.compile_peers(a, index, count)
         print(json.dumps(result))

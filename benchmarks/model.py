@@ -5,7 +5,7 @@
 The quantized models go the user's way: modules of the Hugging Face model are replaced, then `qfx.lower` rewrites them.
 Weights are rounded to nearest, since speed does not depend on their values. A decoding step reads a static cache of 256
 positions and is replayed as a CUDA graph; a prefill runs without a cache. Each is measured as the model's own code runs
-(eager) and through torch.compile.
+(eager), through torch.compile as one graph (compile), or each layer by itself (layers).
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ class Run:
 
     def measure(self, name: str, model: nn.Module, mode: str) -> Iterator[tuple[str, Any]]:
         """Every case of one model, each guarded: (its name, what was measured)."""
-        torch.compiler.reset()
-        forward: Callable[..., Any] = model if mode == "eager" else torch.compile(model, dynamic=False)
+        forward = models.compiled(model, mode)
         cases: list[tuple[str, int, Callable[[], timing.Timing]]] = []
         for batch in self.a.decode:
             step = lambda b=batch: models.decode_time(models.decode_step(model, forward, b))  # noqa: E731
@@ -177,7 +176,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--models", nargs="*", default=MODELS)
     ap.add_argument("--schemes", nargs="*", default=SCHEMES)
-    ap.add_argument("--modes", nargs="*", default=["eager", "compile"], choices=["eager", "compile"])
+    ap.add_argument("--modes", nargs="*", default=["eager", "compile"], choices=["eager", "compile", "layers"])
     ap.add_argument("--layers", type=int, help="fewer decoder layers than the model has")
     ap.add_argument("--decode", nargs="*", type=int, default=DECODE, help="batch sizes")
     ap.add_argument("--prefill", nargs="*", type=lambda s: tuple(map(int, s.split("x"))), help="batch x tokens ...")

@@ -58,18 +58,17 @@ def build(name: str, layers: int | None, device: str) -> nn.Module:
 
 def quantize(model: nn.Module, scheme_name: str) -> int:
     """Replaces all linears but the output head by quantized ones, one at a time; returns how many."""
-    scheme, count = parse_scheme(scheme_name), 0
+    scheme = parse_scheme(scheme_name)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    for name, linear in list(model.named_modules()):
-        if type(linear) is not nn.Linear or linear is head:
-            continue
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    for name in names:  # names only: a list of modules would keep the old weights
+        linear = model.get_submodule(name)
         weight = linear.weight.detach()
         new = QLinear.from_qtensor(encode_minmax(weight, scheme.weight), linear.bias, scheme, dtype=weight.dtype)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new.eval())
         del linear, weight
-        count += 1
-    return count
+    return len(names)
 
 
 def lower(model: nn.Module, ids: Tensor) -> str:
@@ -79,6 +78,21 @@ def lower(model: nn.Module, ids: Tensor) -> str:
         return "not lowered: this version of qfx has no `lower`"
     report = fn(model, {"input_ids": ids})
     return str(report)
+
+
+def compiled(model: nn.Module, mode: str) -> Callable[..., Any]:
+    """The model in one mode: `eager`; `compile`, as one graph; `layers`, every layer by itself, far sooner compiled."""
+    torch.compiler.reset()
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    for layer in layers:
+        layer._compiled_call_impl = None
+    if mode == "compile":
+        return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+    if mode == "layers":
+        torch._dynamo.config.recompile_limit = 16 * len(layers)  # once for each layer's index and each shape
+        for layer in layers:
+            layer.compile(dynamic=False)
+    return model
 
 
 def stored_bytes(model: nn.Module) -> int:

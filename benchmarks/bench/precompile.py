@@ -71,11 +71,16 @@ def walk(steps: Iterator[Step], index: int, count: int, candidates: bool) -> dic
 
 
 def launches(step: Step) -> list[str]:
-    """The names of the kernels that one call launches, nothing being launched."""
+    """The names of the kernels that one call launches."""
     from qfx.kernels.gpu import launch
 
     names: list[str] = []
-    with launch.recording(lambda launcher, grid, args: names.append(launcher.kernel.__name__)):
+
+    def record(launcher: launch.Launcher, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        names.append(launcher.kernel.__name__)
+        launcher.kernel[grid](*args, **launcher.meta)
+
+    with launch.recording(record):
         step()
     return names
 

@@ -47,9 +47,10 @@ def chosen_peers(a: argparse.Namespace) -> Iterator[tuple[str, peers.Peer]]:
             yield name, peer
 
 
-def steps(a: argparse.Namespace) -> Iterator[Callable[[], object]]:
-    """Every call of qfx's ops in the run, once."""
-    for n, k in a.shapes:
+def steps(a: argparse.Namespace, start: int = 0) -> Iterator[Callable[[], object]]:
+    """Every call of qfx's ops in the run, once; from another shape on, so that processes need memory at other times."""
+    first = start % len(a.shapes)
+    for n, k in a.shapes[first:] + a.shapes[:first]:
         w = weight(n, k)
         for _, (_, make) in selected(ops.OPS, a):
             try:
@@ -60,7 +61,7 @@ def steps(a: argparse.Namespace) -> Iterator[Callable[[], object]]:
                 x = linear.prepare(activation(m, k))
                 yield lambda linear=linear, x=x: linear.call(x, linear.weights)
             del linear
-        torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
     for tokens, channels in a.rows:
         x, w = activation(tokens, channels), torch.randn(channels, device=DEVICE).bfloat16()
         for _, (_, make_rows) in selected(ops.ROW_OPS, a):
