@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -145,8 +146,21 @@ def kept(cache: WeakTensorKeyDictionary, of: Tensor, compute: Callable[[Tensor],
 def _run(config: Config, o: Operands) -> Tensor:
     if config.form == "cublas":
         return _cublas(o)
+    if config.form == "specialized":
+        if o.xo is None and o.out.element_size() == 2 and o.out.shape[1] % 8 == 0:
+            from qfx.kernels.gpu import gemm8_specialized
+
+            gemm8_specialized.launch(config, o)
+            return o.out
+        config = _instead(config)
     _LAUNCH[config.form](config, o)
     return o.out
+
+
+@cache
+def _instead(config: Config) -> Config:
+    """For what the specialized form does not store or add."""
+    return replace(config, form="large", persistent=True)
 
 
 @cache

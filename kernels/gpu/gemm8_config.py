@@ -15,7 +15,8 @@ class Config:
     """How one product is computed.
 
     Attributes:
-        form: `skinny` (weights are the M operand), `large` (tokens are), or `cublas` (fp8 only).
+        form: `skinny` (weights are the M operand), `large` (tokens are), `specialized` (tokens are; sm_90 only), or
+            `cublas` (fp8 only).
         tokens: tokens in a tile.
         channels: output channels in a tile.
         depth: K in a step.
@@ -30,7 +31,7 @@ class Config:
             takes over; 0 is all of K.
     """
 
-    form: Literal["skinny", "large", "cublas"]
+    form: Literal["skinny", "large", "specialized", "cublas"]
     tokens: int = 16
     channels: int = 64
     depth: int = 128
@@ -155,6 +156,22 @@ def candidates(m: int, n: int, k: int, int8: bool, tma: bool = True, cublas: boo
         found += large_candidates(m, n, k, int8, tma)
     if cublas and m > 16:
         found.append(Config("cublas"))
+    return found
+
+
+def specialized_candidates(m: int, n: int, k: int, int8: bool) -> list[Config]:
+    """At most 24 configurations of the specialized form for `[m, k] x [n, k]`."""
+    base = Config("specialized", 128, 256, 128, 3, 8, promote=0)
+    found = [
+        base,
+        replace(base, group=16),
+        replace(base, group=4),
+        replace(base, depth=64, stages=6),
+        replace(base, tokens=256, channels=128),
+        replace(base, tokens=256, channels=128, group=4),
+    ]
+    if m <= 2048:
+        found += [replace(base, channels=128, stages=5), replace(base, channels=128, stages=5, group=16)]
     return found
 
 
