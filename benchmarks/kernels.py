@@ -58,7 +58,7 @@ class Run:
                 self.rows(name, family, "op", make_rows, tokens, channels)
             families = {family for _, (family, _) in sweep.selected(ops.ROW_OPS, self.a)}
             for name, (family, make_rows) in row_peers.ROW_PEERS.items() if self.a.peers else ():
-                if family in families:
+                if family in families and (tokens, channels) in row_peers.SHAPES:
                     self.rows(name, family, "peer", make_rows, tokens, channels)
 
     def linear(self, name: str, family: str, role: str, make: Any, w: Tensor, tokens: Any = None) -> None:
@@ -175,7 +175,7 @@ class Run:
 def parse() -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--ops", nargs="*", default=[], help="only ops whose names begin so")
-    ap.add_argument("--shapes", nargs="*", type=lambda s: tuple(map(int, s.split("x"))), help="NxK ...")
+    ap.add_argument("--shapes", nargs="*", help=f"NxK ..., or all of a model: {', '.join(sweep.MODELS)}")
     ap.add_argument("--m", nargs="*", type=int, help="numbers of tokens")
     ap.add_argument("--rows", nargs="*", type=lambda s: tuple(map(int, s.split("x"))), help="MxD ... of ops on rows")
     ap.add_argument("--peers", action="store_true", help="other libraries too, those that are installed")
@@ -191,7 +191,7 @@ def parse() -> argparse.Namespace:
     ap.add_argument("--verbose", action="store_true")
     ap.add_argument("--_compile", default="", help=argparse.SUPPRESS)
     a = ap.parse_args()
-    a.shapes = a.shapes or (sweep.SHAPES[:1] if a.quick else sweep.SHAPES)
+    a.shapes = sweep.shapes(a.shapes) if a.shapes else sweep.SHAPES[:1] if a.quick else sweep.SHAPES
     a.m = a.m or ([1, 16, 256] if a.quick else sweep.TUNED if a.tune else sweep.TOKENS)
     a.rows = a.rows if a.rows is not None else (sweep.ROWS[-1:] if a.quick else sweep.ROWS)
     return a

@@ -109,3 +109,14 @@ def test_table_compares_with_bf16_and_the_fastest_peer(tmp_path: Path) -> None:
 def test_hadamard_peer_is_orthonormal() -> None:
     h = cases.hadamard(64, torch.device("cpu"), torch.float64)
     assert torch.allclose(h @ h.t(), torch.eye(64, dtype=torch.float64))
+
+
+def test_shapes_by_name_and_by_size() -> None:
+    sweep = module("sweep")
+    assert sweep.shapes(["4096x4096", "llama-3-8b", "8x16"]) == [
+        (4096, 4096),
+        (6144, 4096),
+        (28672, 4096),
+        (4096, 14336),
+        (8, 16),
+    ]

@@ -12,9 +12,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,32 +91,27 @@ def in_parallel(arguments: Sequence[str], workers: int, seconds: float) -> None:
     """Starts this script again in `workers` processes with `--_compile i:n`, and waits."""
     began = time.monotonic()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, sys.argv[0], *arguments, "--_compile", f"{i}:{workers}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for i in range(workers)
-    ]
     compiled, failed = 0, {}
-    for process in started:
-        try:
-            out, err = process.communicate(timeout=max(1.0, seconds - (time.monotonic() - began)))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            failed["a process"] = "killed: out of time"
-            continue
-        try:
-            result = json.loads(out.strip().splitlines()[-1])
-        except (IndexError, ValueError):
-            failed["a process"] = err.strip()[-400:]
-            continue
-        compiled += result["compiled"]
-        failed.update(result["failed"])
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for i in range(workers):
+            out, err = Path(folder, f"{i}.out"), Path(folder, f"{i}.err")  # a pipe that nobody reads would fill
+            command = [sys.executable, sys.argv[0], *arguments, "--_compile", f"{i}:{workers}"]
+            with out.open("w") as to, err.open("w") as errors:
+                started.append((subprocess.Popen(command, stdout=to, stderr=errors, env=env), out, err))
+        for process, out, err in started:
+            try:
+                process.wait(timeout=max(1.0, seconds - (time.monotonic() - began)))
+                result = json.loads(out.read_text().strip().splitlines()[-1])
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                failed["a process"] = "killed: out of time"
+            except (IndexError, ValueError):
+                failed["a process"] = err.read_text().strip()[-400:]
+            else:
+                compiled += result["compiled"]
+                failed.update(result["failed"])
     print(f"compiled {compiled} kernels in {workers} processes, {time.monotonic() - began:.0f} s", flush=True)
     for name, why in list(failed.items())[:12]:
         print(f"  not compiled: {name}: {why}", flush=True)

@@ -13,6 +13,8 @@ from bench.cases import Rows, hadamard
 from bench.peers import fp8_rows, int8_rows, library, quick_autotune
 
 EPS = 1e-6
+SHAPES = [(16, 4096), (8192, 8192)]
+"""Tokens x channels where peers are measured: most of them compile for each shape."""
 
 
 def _norm(x: Tensor, w: Tensor) -> Tensor:
@@ -20,7 +22,11 @@ def _norm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def compiled(fn: Callable[[Tensor, Tensor], Any], written: float = 1) -> Callable[[], Rows]:
-    return lambda: Rows(torch.compile(fn, dynamic=False), written)
+    def make() -> Rows:
+        torch.compiler.reset()  # past some shapes, Dynamo would go back to eager without a word
+        return Rows(torch.compile(fn, dynamic=False), written)
+
+    return make
 
 
 def factored_hadamard() -> Rows:
@@ -31,6 +37,7 @@ def factored_hadamard() -> Rows:
         y = left @ (x.view(x.shape[0], left.shape[0], right.shape[0]) @ right)
         return int8_rows(y.reshape(x.shape))
 
+    torch.compiler.reset()
     run = torch.compile(fn, dynamic=False)
 
     def call(x: Tensor, w: Tensor) -> Any:
@@ -49,6 +56,7 @@ def blocked_hadamard() -> Rows:
     def fn(x: Tensor, h: Tensor) -> Any:
         return int8_rows((x.view(-1, h.shape[0]) @ h).view(x.shape))
 
+    torch.compiler.reset()
     run = torch.compile(fn, dynamic=False)
     held: list[Tensor] = []
 

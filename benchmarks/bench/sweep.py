@@ -22,7 +22,26 @@ TUNED = [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 """Tokens of each bucket that a configuration is chosen for."""
 ROWS = [(1, 4096), (16, 4096), (256, 8192), (2048, 4096), (8192, 8192)]
 """Tokens x channels for ops on rows."""
+MODELS = {
+    "llama-3-8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
+    "llama-2-7b": [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)],
+    "opt-13b": [(15360, 5120), (5120, 5120), (20480, 5120), (5120, 20480)],
+    "opt-30b": [(21504, 7168), (7168, 7168), (28672, 7168), (7168, 28672)],
+}
+"""N x K of the linears of models, those that read the same value merged."""
 DEVICE = "cuda"
+
+
+def shapes(names: list[str]) -> list[tuple[int, int]]:
+    """From `NxK` and names of models, each once."""
+    found: list[tuple[int, int]] = []
+    for name in names:
+        if name in MODELS:
+            found += MODELS[name]
+        else:
+            n, k = map(int, name.split("x"))
+            found.append((n, k))
+    return list(dict.fromkeys(found))
 
 
 def weight(n: int, k: int) -> Tensor:
