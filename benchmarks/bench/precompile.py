@@ -99,16 +99,16 @@ def in_parallel(arguments: Sequence[str], workers: int, seconds: float) -> None:
             command = [sys.executable, sys.argv[0], *arguments, "--_compile", f"{i}:{workers}"]
             with out.open("w") as to, err.open("w") as errors:
                 started.append((subprocess.Popen(command, stdout=to, stderr=errors, env=env), out, err))
-        for process, out, err in started:
+        for i, (process, out, err) in enumerate(started):
             try:
                 process.wait(timeout=max(1.0, seconds - (time.monotonic() - began)))
                 result = json.loads(out.read_text().strip().splitlines()[-1])
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                failed["a process"] = "killed: out of time"
+                failed[f"process {i}"] = "killed: out of time"
             except (IndexError, ValueError):
-                failed["a process"] = err.read_text().strip()[-400:]
+                failed[f"process {i}"] = err.read_text().strip()[-400:]
             else:
                 compiled += result["compiled"]
                 failed.update(result["failed"])
