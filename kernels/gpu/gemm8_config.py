@@ -44,6 +44,12 @@ class Config:
     group: int = 8
     promote: int = 128
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash(tuple(vars(self).values())))
+
+    def __hash__(self) -> int:  # asked for in every launch
+        return self._hash  # type: ignore[attr-defined, no-any-return]
+
 
 class Operands(NamedTuple):
     """Checked operands of one product; `int8` says which family."""
@@ -63,11 +69,14 @@ class Operands(NamedTuple):
     int8: bool
 
 
+_ROUNDS = hasattr(TensorDescriptor, "round_f32_to_tf32")  # of newer Tritons
+
+
 def descriptor(x: Tensor, block: tuple[int, int]) -> Any:
     """A `TensorDescriptor` without its checks, which cost more than the rest of a launch; callers made them."""
     d = object.__new__(TensorDescriptor)
     d.base, d.shape, d.strides, d.block_shape, d.padding = x, list(x.shape), list(x.stride()), list(block), "zero"
-    if hasattr(TensorDescriptor, "round_f32_to_tf32"):
+    if _ROUNDS:
         d.round_f32_to_tf32 = False
     return d
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qfx.kernels.gpu.gemm8 import gemm8
-from qfx.kernels.gpu.gemm8_config import Config
+from qfx.kernels.gpu.gemm8_config import Config, candidates, specialized_candidates
 from qfx.kernels.gpu.launch import INTERPRET
 
 interpreted = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
@@ -44,32 +44,56 @@ def expected(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias=None, 
     return y if residual is None else y + residual.double()
 
 
-def bound(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, y: Tensor, extra: Tensor, lossy: int = 0) -> Tensor:
-    """How far float32 may be from `expected`: one rounding each of the sum (int8), the products with two scales, and
-    the additions, each at most 2⁻²⁴ of the absolute sum of all terms.
+def lost(a: Tensor, b: Tensor, promote: int) -> Tensor:
+    """How much of a sum of float8 products the tensor core may drop.
 
-    fp8 also rounds in K additions. With `lossy` = p it drops, inside the tensor core, up to 2⁻¹³ of the largest value
-    of a step for each of its 32 addends and the running sum, over the p/32 steps of p products.
+    A step of wgmma adds 32 products to the running sum after shifting all 33 to the largest one's exponent, where it
+    keeps 13 bits behind the leading one: it drops less than 33 · 2⁻¹³ of the larger of the running sum and the
+    products. The running sum starts anew every `promote` products (0: never); its own loss so far may enlarge it,
+    which the exponential covers.
+    """
+    k = a.shape[1]
+    pad = (0, -k % 32)
+    x, w = (torch.nn.functional.pad(t.double(), pad).unflatten(1, (-1, 32)) for t in (a, b))
+    sums, sizes = torch.einsum("mjk,njk->mnj", x, w), torch.einsum("mjk,njk->mnj", x.abs(), w.abs())
+    steps = sums.shape[-1] if promote == 0 else promote // 32
+    chunks = [c.cumsum(-1) - c for c in sums.split(steps, -1)]
+    largest = torch.maximum(torch.cat(chunks, -1).abs(), sizes)
+    each = 33 * 2.0**-13
+    return each * largest.sum(-1) * torch.tensor(each * steps).exp()
+
+
+def bound(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, y: Tensor, extra: Tensor) -> Tensor:
+    """How far float32 may be from `expected`: one rounding each of the sum (int8), the products with two scales, and
+    the additions, each at most 2⁻²⁴ of the absolute sum of all terms; fp8 also rounds in K additions.
     """
     k = a.shape[1]
     terms = (a.double().abs() @ b.double().abs().t()) * a_scale.double() * b_scale.double()
     roundings = 8 if a.dtype == INT8 else k + 8
-    return roundings * 2.0**-24 * (terms + extra) + lossy / 32 * 33 * 2.0**-13 * terms + 2.0**-24 * y.abs()
+    return roundings * 2.0**-24 * (terms + extra) + 2.0**-24 * y.abs()
 
 
-def check(m: int, n: int, k: int, dtype: torch.dtype, config: Config | None, device: str = "cpu", lossy: int = 0):
+def check(
+    m: int, n: int, k: int, dtype: torch.dtype, config: Config | None, device: str = "cpu", promote: int | None = None
+) -> None:
+    """`promote` says how the tensor core sums float8; None: in float32."""
     a, b = codes(m, k, dtype, device), codes(n, k, dtype, device)
     a_scale, b_scale = torch.rand(m, 1, device=device) + 0.1, torch.rand(n, device=device) + 0.1
     bias, residual = torch.randn(n, device=device), torch.randn(m, n, device=device) * 8
-    out = gemm8(a, b, a_scale, b_scale, bias, residual, "", torch.float32, config=config)
-    y = expected(a, b, a_scale, b_scale, bias, residual)
-    extra = bias.abs() + residual.abs()
-    assert out.shape == (m, n) and out.dtype == torch.float32
-    assert ((out.double() - y).abs() <= bound(a, b, a_scale, b_scale, y, extra, lossy)).all()
+    for out_dtype in (torch.float32, torch.bfloat16):
+        out = gemm8(a, b, a_scale, b_scale, bias, residual, "", out_dtype, config=config)
+        y = expected(a, b, a_scale, b_scale, bias, residual)
+        allowed = bound(a, b, a_scale, b_scale, y, bias.abs() + residual.abs())
+        if promote is not None:
+            allowed = allowed + lost(a, b, promote) * a_scale.double() * b_scale.double()
+        if out_dtype == torch.bfloat16:
+            allowed = allowed + 2.0**-8 * (y.abs() + allowed)
+        assert out.shape == (m, n) and out.dtype == out_dtype
+        assert ((out.double() - y).abs() <= allowed).all()
     # without scales integers come out as they are, as long as float32 holds them
     ones = torch.ones(1, device=device)
-    plain = gemm8(a, b, ones, ones, out_dtype=torch.float32, config=config)
     if dtype == INT8:
+        plain = gemm8(a, b, ones, ones, out_dtype=torch.float32, config=config)
         exact = a.double() @ b.double().t()
         assert torch.equal(plain.double()[exact.abs() <= 2**24], exact[exact.abs() <= 2**24])
 
@@ -155,3 +179,85 @@ def test_split_sums_do_not_depend_on_each_other() -> None:
 def test_no_tokens() -> None:
     y = gemm8(codes(3, 16, INT8)[:0], codes(5, 16, INT8), torch.ones(0, 1), torch.ones(5))
     assert y.shape == (0, 5) and y.dtype == torch.bfloat16
+
+
+GPU_SHAPES = [(1, 512, 1024), (16, 1000, 1040), (70, 264, 1024), (200, 392, 2064), (300, 520, 1024), (1000, 1032, 528)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [INT8, E4M3, E5M2])
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_every_candidate_on_gpu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for config in candidates(*shape, dtype == INT8):
+        check(*shape, dtype, config, "cuda", None if dtype == INT8 else min(config.promote, config.depth))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [INT8, E4M3])
+@pytest.mark.parametrize("shape", [(128, 256, 128), (70, 264, 1024), (1000, 1032, 528), (3000, 4096, 1024)], ids=str)
+def test_specialized_on_gpu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma is of sm_90")
+    m, n, k = shape
+    a, b = codes(m, k, dtype, "cuda"), codes(n, k, dtype, "cuda")
+    a_scale, b_scale = torch.rand(m, 1, device="cuda") + 0.1, torch.rand(n, device="cuda") + 0.1
+    bias, residual = torch.randn(n, device="cuda"), torch.randn(m, n, device="cuda")
+    y = expected(a, b, a_scale, b_scale, bias, residual)
+    allowed = bound(a, b, a_scale, b_scale, y, bias.abs() + residual.abs())
+    if dtype != INT8:
+        allowed = allowed + lost(a, b, 0) * a_scale.double() * b_scale.double()
+    allowed = allowed + 2.0**-8 * (y.abs() + allowed)
+    for config in specialized_candidates(m, n, k, dtype == INT8):
+        out = gemm8(a, b, a_scale, b_scale, bias, residual, config=config)
+        assert ((out.double() - y).abs() <= allowed).all(), config
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [INT8, E4M3])
+def test_the_choice_of_the_tables_and_odd_strides_on_gpu(dtype: torch.dtype) -> None:
+    for m, n, k in ((1, 33, 70), (40, 65, 1023), (513, 129, 200)):
+        check(m, n, k, dtype, None, "cuda", None if dtype == INT8 else 0)
+    a, b = codes(9, 300, dtype, "cuda")[:, 3:150], codes(40, 300, dtype, "cuda")[::2, 1:148]
+    one = torch.ones(1, device="cuda")
+    y = gemm8(a, b, one, one, out_dtype=torch.float32)
+    exact = a.double() @ b.double().t()
+    assert ((y.double() - exact).abs() <= (0 if dtype == INT8 else lost(a, b, 0) + 1e-4 * exact.abs())).all()
+
+
+@pytest.mark.gpu
+def test_cublas() -> None:
+    a, b = codes(70, 1024, E4M3, "cuda"), codes(528, 1024, E4M3, "cuda")
+    b_scale, bias = torch.rand(528, device="cuda") + 0.1, torch.randn(528, device="cuda").bfloat16()
+    for a_scale in (torch.rand(70, 1, device="cuda") + 0.1, torch.full((), 0.3, device="cuda")):
+        y = expected(a, b, a_scale, b_scale, bias)
+        allowed = bound(a, b, a_scale, b_scale, y, bias.abs()) + lost(a, b, 0) * a_scale.double() * b_scale.double()
+        out = gemm8(a, b, a_scale, b_scale, bias, config=Config("cublas"))
+        assert ((out.double() - y).abs() <= allowed + 2.0**-8 * (y.abs() + allowed)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [INT8, E4M3])
+def test_split_sums_are_the_same_every_time_and_in_graphs(dtype: torch.dtype) -> None:
+    a, b = codes(16, 8192, dtype, "cuda"), codes(1024, 8192, dtype, "cuda")
+    one = torch.ones(1, device="cuda")
+    config = Config("skinny", 16, 64, 128, 4, 4, split=8)
+    first = gemm8(a, b, one, one, out_dtype=torch.float32, config=config)
+    assert all(torch.equal(gemm8(a, b, one, one, out_dtype=torch.float32, config=config), first) for _ in range(20))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gemm8(a, b, one, one, out_dtype=torch.float32, config=config)
+    for _ in range(5):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, first)
+
+
+@pytest.mark.gpu
+def test_rows_past_two_to_the_31() -> None:
+    m, k = 2**17 + 8, 2**14
+    a = torch.zeros(m, k, dtype=INT8, device="cuda")
+    a[-1], b = 3, codes(64, k, INT8, "cuda")
+    one = torch.ones(1, device="cuda")
+    for config in (Config("large", 128, 128, 128, 3, 8, tma=False), Config("large", 128, 128, 128, 3, 8)):
+        y = gemm8(a, b, one, one, out_dtype=torch.float32, config=config)
+        assert torch.equal(y[-1].double(), 3 * b.double().sum(1)) and not y[:-1].any()
