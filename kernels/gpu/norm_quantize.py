@@ -22,6 +22,7 @@ def _mean(v, D: tl.constexpr):
 def _kernel(
     x, residual, gain, bias, total, y, codes, scale, x_scale, x_zero, tokens, x_stride, r_stride, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTER: tl.constexpr, CAST_FIRST: tl.constexpr,
+    EARLY: tl.constexpr,
     KIND: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, REACH: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -31,6 +32,8 @@ def _kernel(
     at = row[:, None] * D + col
     loaded = tl.load(x + (row[:, None] * x_stride + col), mask=mask, other=0.0, eviction_policy="evict_first")
     v = loaded.to(tl.float32)
+    if EARLY and gain is not None:  # few tokens: do not wait twice; many: the registers hold other tokens
+        g = tl.load(gain + col, mask=col_mask, other=0.0, eviction_policy="evict_last")
     if residual is not None:
         at_r = row[:, None] * r_stride + col
         r = tl.load(residual + at_r, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -44,7 +47,9 @@ def _kernel(
     if CAST_FIRST:
         v = rounded(v, loaded.dtype)
     if gain is not None:
-        v = v * tl.load(gain + col, mask=col_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        if not EARLY:
+            g = tl.load(gain + col, mask=col_mask, other=0.0, eviction_policy="evict_last")
+        v = v * g.to(tl.float32)
     if bias is not None:
         v = v + tl.load(bias + col, mask=col_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
     v = rounded(v, loaded.dtype)
@@ -57,10 +62,12 @@ def _kernel(
 
 
 @functools.cache
-def _launcher(tile: Tile, columns: int, center: bool, cast_first: bool, x_grid: str, dynamic: bool) -> Launcher:
+def _launcher(
+    tile: Tile, columns: int, center: bool, cast_first: bool, x_grid: str, dynamic: bool, early: bool
+) -> Launcher:
     grid = rowwise.grid_meta(x_grid, dynamic)
-    meta = {"D": columns, "ROWS": tile.rows, "BLOCK": tile.block, "CENTER": center, "CAST_FIRST": cast_first, **grid}
-    return Launcher(_kernel, **meta, num_warps=tile.warps, num_stages=1)
+    meta = {"D": columns, "ROWS": tile.rows, "BLOCK": tile.block, "CENTER": center, "CAST_FIRST": cast_first}
+    return Launcher(_kernel, **meta, EARLY=early, **grid, num_warps=tile.warps, num_stages=1)
 
 
 def whole_rows(columns: int) -> list[Tile]:
@@ -93,7 +100,8 @@ def norm_quantize(
     )  # fmt: skip
 
     def run(tile: Tile, x: Tensor) -> None:
-        _launcher(tile, columns, center, cast_first, x_grid, x_scale is None)((-(-tokens // tile.rows), 1, 1), x, *rest)
+        launch = _launcher(tile, columns, center, cast_first, x_grid, x_scale is None, tokens <= 512)
+        launch((-(-tokens // tile.rows), 1, 1), x, *rest)
 
     if tile is None:
         bucket = tune.bucket(tokens)

@@ -186,7 +186,7 @@ def default_tile(columns: int, tokens: int) -> Tile:
 def tiles(columns: int) -> tuple[Tile, ...]:
     """The candidates for rows of so many columns."""
     block = min(triton.next_power_of_2(columns), MAX_BLOCK)
-    found = {}
+    found: dict[Tile, None] = {}
     for rows in (1, 2, 4, 8, 16):
         if rows > 1 and rows * block > 8192:
             break
@@ -194,6 +194,8 @@ def tiles(columns: int) -> tuple[Tile, ...]:
             warps = rows * block // (32 * each)
             if 1 <= warps <= 32:
                 found[Tile(rows, block, warps)] = None
+    if block > 8192:  # read twice, from memory and from the cache, by fewer threads
+        found |= {Tile(1, 8192, 8): None, Tile(1, 8192, 16): None}
     return tuple(found) or (Tile(1, block, 1),)
 
 

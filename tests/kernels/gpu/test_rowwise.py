@@ -6,6 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qfx.kernels import gated_quantize as gated_op
+from qfx.kernels import hadamard as hadamard_op
+from qfx.kernels import norm_quantize as norm_op
+from qfx.kernels import quantize_rows as quantize_op
 from qfx.kernels.gpu import gated_quantize as gated
 from qfx.kernels.gpu import hadamard as had
 from qfx.kernels.gpu import norm_quantize as norm
@@ -14,7 +18,7 @@ from qfx.kernels.gpu.launch import INTERPRET
 from qfx.kernels.gpu.rowwise import Tile
 from qfx.kernels.hadamard import transform
 from qfx.kernels.quantize_rows import codes_of
-from tests.kernels.law import DTYPES
+from tests.kernels.law import DTYPES, opcheck
 from tests.kernels.test_gated_quantize import halves
 from tests.kernels.test_gated_quantize import within as gated_within
 from tests.kernels.test_norm_quantize import operands
@@ -236,6 +240,42 @@ def test_hadamard_of_rows_too_long_to_hold(device: str) -> None:
     plan = had.plans(2048, 2048, 33, x.dtype)[0]
     assert ((y.double() - exact).abs() <= hadamard_bound(x, 2048, plan, exact)).all()
     equal_codes(had.hadamard(x, 2048, "int8_narrow"), y, "int8_narrow")
+
+
+@pytest.mark.gpu
+def test_registered_ops() -> None:
+    """What the dispatcher reaches on a GPU: leading dims, strides, dtypes that only the reference takes."""
+    for lead, channels, grid in quantize_op.CASES:
+        x = (torch.randn(*lead, channels) * 10).cuda()
+        equal_codes(quantize_op.quantize_rows(x, grid), x, grid)
+        opcheck(quantize_op.quantize_rows, (x, grid))
+    x = torch.randn(9, 6, device="cuda").t()
+    equal_codes(quantize_op.quantize_rows(x, "int8"), x, "int8")
+    assert quantize_op.quantize_rows(x.double(), "int8")[0].shape == x.shape
+    for lead, channels, grid, act, both in gated_op.CASES:
+        gate, up = (t.cuda() for t in halves(lead, channels, torch.bfloat16))
+        half = up if both else None
+        y, _ = gated_op.gated_quantize(gate, half, act, "")
+        assert gated_within(y.cpu(), gate.cpu(), up.cpu() if both else None, act)
+        opcheck(gated_op.gated_quantize, (gate, half, act, grid))
+        if grid:
+            equal_codes(gated_op.gated_quantize(gate, half, act, grid), y, grid)
+    for lead, channels, grid, center, cast_first in norm_op.CASES:
+        x, residual, gain, bias = (t.cuda() for t in operands(lead, channels, torch.bfloat16))
+        args = (x, residual, gain, bias, 1e-5, center, cast_first, grid)
+        codes, scale, y, total = norm_op.norm_quantize(*args, keep_y=True)
+        assert torch.equal(total, x + residual) and y.shape == x.shape
+        assert norm_within(y.cpu(), total.cpu(), gain.cpu(), bias.cpu(), 1e-5, center)
+        opcheck(norm_op.norm_quantize, args)
+        if grid:
+            equal_codes((codes, scale), y, grid)
+    for lead, channels, block, grid in hadamard_op.CASES:
+        x = torch.randn(*lead, channels, device="cuda")
+        y, _ = hadamard_op.hadamard(x, block)
+        assert y.shape == x.shape and torch.allclose(y.double(), transform(x.double(), block), atol=1e-4)
+        opcheck(hadamard_op.hadamard, (x, block, grid))
+        if grid:
+            equal_codes(hadamard_op.hadamard(x, block, grid), y, grid)
 
 
 def test_candidates() -> None:
