@@ -94,31 +94,33 @@ def skinny_candidates(m: int, n: int, k: int, int8: bool, tma: bool = True) -> l
     """At most 24 configurations of the skinny form for `[m, k] x [n, k]`."""
     tokens = min(256, max(16, 1 << (m - 1).bit_length()))
     found = []
-    for channels, depth, warps, stages in (
-        (64, 128, 4, 8),
-        (64, 128, 4, 5),
-        (64, 256, 4, 5),
-        (64, 256, 4, 3),
-        (128, 128, 8, 6),
-        (128, 128, 8, 4),
-        (128, 256, 8, 4),
-        (128, 256, 8, 3),
+    for channels, depth, warps, stages, by_tma in (
+        (64, 128, 4, 8, True),
+        (64, 256, 4, 5, True),
+        (64, 256, 4, 3, True),
+        (128, 128, 8, 6, True),
+        (128, 128, 8, 4, True),
+        (128, 256, 8, 4, True),
+        (64, 128, 4, 6, False),
+        (64, 256, 4, 4, False),
+        (128, 128, 8, 4, False),
     ):
         for width in (tokens, 128) if tokens == 256 else (tokens,):
             # fp8 needs a second set of sums for promotion: both have to fit in registers
             if channels * width * (1 if int8 else 2) > warps * 4096 or (channels + width) * depth * stages > SHARED:
                 continue
-            base = Config("skinny", width, channels, depth, stages, warps, tma=tma)
+            if (by_tma and not tma) or (width == 256 and not by_tma):  # addresses take registers too
+                continue
+            base = Config("skinny", width, channels, depth, stages, warps, tma=by_tma)
             for split in _splits(-(-m // width) * -(-n // channels), -(-k // depth)):
                 found.append(replace(base, split=split))
-    if tma:
-        found.extend(replace(c, tma=False) for c in found[: max(0, 24 - len(found))])
     return found[:24]
 
 
 def _splits(tiles: int, steps: int) -> list[int]:
     """Up to three ways to split K: CTAs from one to four for each of 132 processors, and 4 steps or more for each."""
     wanted = {max(1, min(round(132 * per / tiles), steps // 4, 16)) for per in (1, 2, 4)}
+    wanted |= {split for split in (2, 3)[: 3 - len(wanted)] if steps >= 8 * split}
     return sorted(wanted)
 
 
@@ -190,10 +192,10 @@ def default(m: int, n: int, k: int, int8: bool, tma: bool = True, cublas: bool =
     if m <= 128 or (int8 and m <= 256 and n <= 8192):
         tokens = min(128, max(16, 1 << (m - 1).bit_length()))
         channels, warps, stages = (64, 4, 8) if tokens <= 64 else (128, 8, 4)
-        split = _splits(-(-m // tokens) * -(-n // channels), -(-k // 128))
+        split = max(1, min(round(264 / (-(-m // tokens) * -(-n // channels))), -(-k // 512), 16))
         if not tma:  # fits in the 99 KB of sm_89
             stages = 4 if tokens <= 64 else 3
-        return Config("skinny", tokens, channels, 128, stages, warps, split[min(1, len(split) - 1)], tma)
+        return Config("skinny", tokens, channels, 128, stages, warps, split, tma)
     if cublas:
         return Config("cublas")
     if not tma:
