@@ -122,7 +122,7 @@ def gated_quantize(
     if tile is None:
         bucket = tune.bucket(tokens)
         form = f"{act}-gated" if up is not None else act
-        key = (x_grid or "values", form, str(gate.dtype)[6:], columns, bucket)
+        key = (x_grid or "values", form, rowwise.FLOATS[gate.dtype], columns, bucket)
         default = rowwise.default_tile(columns, bucket)
         tile = tune.pick("gated_quantize", key, default, lambda: rowwise.tiles(columns), run, gate)
     run(tile, gate)

@@ -251,7 +251,7 @@ def hadamard(
         launch((programs, 1, 1), x, left, right, out, scale, x_scale, x_zero, tokens, x.stride(0))
 
     if plan is None:
-        key = (x_grid or "values", block, str(x.dtype)[6:], columns, bucket)
+        key = (x_grid or "values", block, rowwise.FLOATS[x.dtype], columns, bucket)
         plan = tune.pick("hadamard", key, options[0], lambda: options, run, x)
     run(plan, x)
     return out, scale

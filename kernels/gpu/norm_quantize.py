@@ -106,7 +106,7 @@ def norm_quantize(
     if tile is None:
         bucket = tune.bucket(tokens)
         form = ("layer" if center else "rms") + ("" if residual is None else "-residual") + ("-y" if keep_y else "")
-        key = (x_grid or "values", form, str(x.dtype)[6:], columns, bucket)
+        key = (x_grid or "values", form, rowwise.FLOATS[x.dtype], columns, bucket)
         default = rowwise.default_tile(columns, bucket)
         tile = tune.pick("norm_quantize", key, default, lambda: whole_rows(columns), run, x)
     run(tile, x)

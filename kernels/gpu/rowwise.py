@@ -24,7 +24,8 @@ from qfx.core.grid import Float, Int
 from qfx.kernels.gpu.launch import interpreted
 from qfx.kernels.quantize_rows import named_grid
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+"""The dtypes that the kernels take, and their names in the tables of configurations."""
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _MAGIC = tl.constexpr(12582912.0)
 
