@@ -16,7 +16,7 @@ from qfx.kernels.gpu.rowwise import round_to
 
 
 @triton.jit
-def _place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+def place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """Row and column of a tile: GROUP rows of tiles at a time, down the columns, so that both operands stay in L2."""
     tiles_m = tl.cdiv(M, BM)
     per_group = GROUP * tl.cdiv(N, BN)
@@ -108,7 +108,7 @@ def _large(
     ACTIVATION: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.int32 if INT8 else tl.float32
-    m, n = _place(tl.program_id(0), M, N, BM, BN, GROUP)
+    m, n = place(tl.program_id(0), M, N, BM, BN, GROUP)
     acc = tl.zeros([BM, BN], dtype=ACC)
     if TMA:
         for k in tl.range(tl.cdiv(K, BK)):
@@ -181,7 +181,7 @@ def _persistent(
     done = tl.program_id(0) - programs
     # one loop over all steps of all tiles: the next tile's loads are under way while this one is scaled and stored
     for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
-        m, n = _place(tile, M, N, BM, BN, GROUP)
+        m, n = place(tile, M, N, BM, BN, GROUP)
         acc = tl.zeros([BM, BN], dtype=ACC)
         for k in range(steps):
             x = a.load([m * BM, k * BK])
@@ -189,7 +189,7 @@ def _persistent(
             acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=PROMOTE, out_dtype=ACC)
         # counted anew, as the loop's own m and n already belong to the loads of the next tile
         done += programs
-        m_done, n_done = _place(done, M, N, BM, BN, GROUP)
+        m_done, n_done = place(done, M, N, BM, BN, GROUP)
         _finish(
             acc, m_done, n_done, out, a_scale, b_scale, bias, residual, a_zero, b_sums, xo, wo, M, N,
             a_scale_step, b_scale_step, a_zero_step, outliers, BM, BN, BO, TMA_OUT, PARTS, ACTIVATION,
@@ -217,7 +217,8 @@ def _launcher(config: Config, int8: bool, activation: str, tma_out: bool) -> Lau
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -245,7 +246,7 @@ def launch(config: Config, o: Operands) -> None:
         a, b = descriptor(o.a, (config.tokens, config.depth)), descriptor(o.b, (config.channels, config.depth))
     if tma_out:
         out = descriptor(o.out, (config.tokens, config.channels // config.parts))
-    grid = min(tiles, _processors(o.a.device)) if config.persistent else tiles
+    grid = min(tiles, processors(o.a.device)) if config.persistent else tiles
     _launcher(config, o.int8, o.activation, tma_out)(
         (grid, 1, 1),
         a,

@@ -24,18 +24,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qfx.kernels.gpu.gemm8_config import Config, Operands
 from qfx.kernels.gpu.gemm8_epilogue import scaled, shifted
-from qfx.kernels.gpu.gemm8_large import _processors
+from qfx.kernels.gpu.gemm8_large import place, processors
 from qfx.kernels.gpu.launch import Launcher
-
-
-@gluon.jit
-def _place(tile, M, N, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr):
-    tiles_m = gl.cdiv(M, BM)
-    per_group = GROUP * gl.cdiv(N, BN)
-    group = tile // per_group
-    height = gl.minimum(tiles_m - group * GROUP, GROUP)
-    inside = tile % per_group
-    return group * GROUP + inside % height, inside // height
 
 
 @gluon.jit
@@ -45,7 +35,7 @@ def _load(a, b, xs, ws, full, free, M, N, K, GROUP: gl.constexpr, STAGES: gl.con
     BK: gl.constexpr = a.block_shape[1]
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
-        m, n = _place(tile, M, N, BM, BN, GROUP)
+        m, n = place(tile, M, N, BM, BN, GROUP)
         for k in range(gl.cdiv(K, BK)):
             slot = step % STAGES
             # the slot's first turn finds the barrier of the turn before it already passed
@@ -70,7 +60,7 @@ def _multiply(
     ACC: gl.constexpr = gl.int32 if INT8 else gl.float32
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
-        m, n = _place(tile, M, N, BM, BN, GROUP)
+        m, n = place(tile, M, N, BM, BN, GROUP)
         acc = gl.zeros([BM, BN], ACC, LAYOUT)
         for k in range(gl.cdiv(K, BK)):
             slot = step % STAGES
@@ -168,7 +158,7 @@ def launch(config: Config, o: Operands) -> None:
     (m, k), n = o.a.shape, o.b.shape[0]
     tiles = -(-m // config.tokens) * -(-n // config.channels)
     _launcher(config, o.int8, o.activation)(
-        (min(tiles, _processors(o.a.device)), 1, 1),
+        (min(tiles, processors(o.a.device)), 1, 1),
         _descriptor(o.a, (config.tokens, config.depth)),
         _descriptor(o.b, (config.channels, config.depth)),
         _descriptor(o.out, (config.tokens, config.channels)),
