@@ -11,6 +11,8 @@ Dettmers et al. (2022), LLM.int8(): 8-bit matrix multiplication for transformers
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,6 +118,26 @@ def _(
         return int8_outlier_linear._init_fn(x, *rest)
     _check(x, codes, outlier_columns, outlier_weight, threshold, capacity)
     return outlier_linear(x, *rest)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, w_scale, bias, columns, weight, *_ = inputs
+    ctx.save_for_backward(codes, w_scale, columns, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, w_scale, columns, weight = ctx.saved_tensors
+    flat = grad.float().reshape(-1, grad.shape[-1])
+    x_grad = (flat * w_scale.reshape(-1)) @ codes.float()
+    if columns is not None:
+        x_grad = x_grad.index_copy(1, columns.long(), flat @ weight[:, : columns.shape[0]].float())
+    bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
+    return x_grad.to(grad.dtype).reshape(*grad.shape[:-1], codes.shape[1]), None, None, bias_grad, *[None] * 4
+
+
+# rounding counts as the identity (straight through), so that adapters train on a quantized base
+int8_outlier_linear.register_autograd(_backward, setup_context=_setup)
 
 
 def outliers(

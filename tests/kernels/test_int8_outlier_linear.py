@@ -137,6 +137,18 @@ def test_opcheck(shape: tuple) -> None:
     opcheck(int8_outlier_linear, make(*shape).args)
 
 
+@pytest.mark.parametrize(("count", "threshold"), [(3, 0.0), (0, 6.0)])
+def test_gradient_is_straight_through(count: int, threshold: float) -> None:
+    o = make((5,), 33, 17, count, threshold)
+    x, g = o.x.requires_grad_(), torch.randn(5, 17)
+    opcheck(int8_outlier_linear, o.args)
+    int8_outlier_linear(*o.args).backward(g)
+    w = o.codes.float() * o.scale
+    if o.columns is not None:
+        w[:, o.columns.long()] = o.weight[:, :count].float()
+    assert torch.allclose(x.grad, g @ w, atol=1e-5)
+
+
 def test_refusals() -> None:
     o = make((9,), 64, 16, 3, 0.0)
     for change, reason in (

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from qfx.kernels.gpu.gemm8 import gemm8
-from qfx.kernels.gpu.gemm8_config import Config, candidates, specialized_candidates
+from qfx.kernels.gpu.gemm8_config import (
+    SHARED,
+    Config,
+    candidates,
+    default,
+    large_candidates,
+    skinny_candidates,
+    specialized_candidates,
+)
 from qfx.kernels.gpu.launch import INTERPRET
 
 interpreted = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
@@ -174,6 +182,28 @@ def test_split_sums_do_not_depend_on_each_other() -> None:
     config = Config("skinny", 16, 64, 32, 2, 4, split=3)
     first = gemm8(a, b, scale, scale, out_dtype=torch.float32, config=config)
     assert all(torch.equal(gemm8(a, b, scale, scale, out_dtype=torch.float32, config=config), first) for _ in range(3))
+
+
+def test_candidates_are_sound() -> None:
+    for m, n, k in (
+        (1, 33, 17),
+        (1, 8192, 8192),
+        (16, 28672, 8192),
+        (100, 4096, 11008),
+        (256, 8192, 28672),
+        (8192,) * 3,
+    ):
+        for int8 in (True, False):
+            for tma in (True, False):
+                forms = [skinny_candidates] * (m <= 256) + [large_candidates]
+                for found in (form(m, n, k, int8, tma) for form in forms):
+                    assert 0 < len(found) <= 24 and len(set(found)) == len(found)
+                    assert all((tma or not c.tma) and (c.split == 1 or 4 * c.split <= -(-k // 128)) for c in found)
+                    assert all((c.tokens + c.channels) * c.depth * c.stages <= SHARED for c in found)
+            assert len(specialized_candidates(m, n, k, int8)) <= 24
+            for chosen in (default(m, n, k, int8), default(m, n, k, int8, False)):
+                assert (chosen.tokens + chosen.channels) * chosen.depth * chosen.stages <= SHARED
+                assert chosen.form != "cublas" and chosen == default(m, n, k, int8, chosen.tma)
 
 
 def test_no_tokens() -> None:
