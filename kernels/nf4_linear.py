@@ -122,7 +122,8 @@ def _(
 ) -> Tensor:
     if x.dtype not in (torch.bfloat16, torch.float16):  # tensor cores take no wider floats
         return _reference(x, tiles, absmax, bias, out_features, group, table_name)
-    from qfx.kernels.gpu.w4 import table_decoder, w4
+    from qfx.kernels.gpu.decode4 import table_decoder
+    from qfx.kernels.gpu.w4 import w4
 
     flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()

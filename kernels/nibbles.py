@@ -71,7 +71,7 @@ def prepare(
 
     Returns:
         `tiles` uint8 `[row tiles, column tiles, 128, 64]`; `scale` float32 and `zero` uint8 or None
-        `[groups, 128 · row tiles]`; `order` int32 `[in]`, the column of the input for each column of the tiles, or None.
+        `[groups, 128 · row tiles]`; `order` int32 `[in]`, the column of x for each column of the tiles, or None.
     """
     codes, scale, zero, g_idx = (stored[k] for k in ("codes", "scale", "zero", "g_idx"))
     assert codes is not None and scale is not None
@@ -119,9 +119,7 @@ def restore(
     }
 
 
-def dequantize_tiles(
-    values: Tensor, scale: Tensor, zero: Tensor | None, group: int
-) -> Tensor:
+def dequantize_tiles(values: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> Tensor:
     """float32 `[out, in]` from the decoded nibbles `[out, in]` and what `prepare` gives beside the tiles."""
     rows = values.shape[0]
     scale = scale[:, :rows].t()

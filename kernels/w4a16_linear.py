@@ -110,7 +110,8 @@ def _(
 ) -> Tensor:
     if x.dtype not in (torch.bfloat16, torch.float16):  # tensor cores take no wider floats
         return _reference(x, tiles, scale, zero, order, bias, out_features, group)
-    from qfx.kernels.gpu.w4 import INT4, w4
+    from qfx.kernels.gpu.decode4 import INT4
+    from qfx.kernels.gpu.w4 import w4
 
     flat = x.reshape(-1, x.shape[-1])
     if order is not None:

@@ -113,7 +113,8 @@ def _(
     group: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    from qfx.kernels.gpu.w4 import eight_bit_decoder, w4
+    from qfx.kernels.gpu.decode4 import eight_bit_decoder
+    from qfx.kernels.gpu.w4 import w4
 
     decoder = eight_bit_decoder(x.dtype, zero is not None)
     return w4(x, tiles, scale, zero, bias, out_features, group, decoder, x_scale=x_scale, dtype=dtype)
@@ -184,8 +185,9 @@ def _(
     group: int,
     x_grid: str,
 ) -> Tensor:
+    from qfx.kernels.gpu.decode4 import eight_bit_decoder
     from qfx.kernels.gpu.rowwise import quantize_rows
-    from qfx.kernels.gpu.w4 import eight_bit_decoder, w4
+    from qfx.kernels.gpu.w4 import w4
 
     codes, x_scale = quantize_rows(_ordered(x.reshape(-1, x.shape[-1]), order), x_grid)
     decoder = eight_bit_decoder(codes.dtype, zero is not None)

@@ -7,6 +7,10 @@ joins, permutations and reshapes below only rename registers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 
@@ -145,6 +149,20 @@ def table_to_float8(octets, table_ptr, ASM: tl.constexpr):
     return a
 
 
+@triton.jit
+def decode(w, z, table_ptr, DECODE: tl.constexpr, ZERO: tl.constexpr, F16: tl.constexpr, ASM: tl.constexpr):
+    """A tile of 64 bytes a row as `[n, 128]`, by the kind of the decoder; z `[n]` is the zero points of the rows."""
+    if DECODE == "int4":
+        a = int4_to_float(w, z.to(tl.float32)[:, None], F16)
+    elif DECODE == "int4_int8":
+        a = int4_to_int8(w, z[:, None], ZERO)
+    elif DECODE == "table":
+        a = table_to_float(w, table_ptr, ASM, F16)
+    else:
+        a = table_to_float8(w, table_ptr, ASM)
+    return a
+
+
 def _lookup(out: str, selector: str, table: list[int]) -> str:
     """PTX: four bytes of a 16-byte table, chosen by the four nibbles in the low half of `selector`."""
     t0, t1, t2, t3 = (f"0x{t:08x}" for t in table)
@@ -176,3 +194,39 @@ def table16_asm(table: tuple[int, ...]) -> str:
         body += _lookup("l", selector, low) + _lookup("h", selector, high)
         body += f"prmt.b32 {first}, l, h, 0x5140; prmt.b32 {second}, l, h, 0x7362; shr.u32 r, $4, 16;"
     return "{ .reg .b32 h, l, p, q, r, s, u, v;" + body + "}"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How nibbles become numbers.
+
+    Attributes:
+        kind: `int4`, `int4_int8`, `table` or `table_e4m3`.
+        asm: PTX of a table's lookup.
+        factor: what sums are multiplied by, with the scales of the tokens.
+    """
+
+    kind: str
+    asm: str = ""
+    factor: float = 1.0
+
+
+INT4 = Decoder("int4")
+INT4_TO_INT8 = Decoder("int4_int8", factor=1 / 16)
+E4M3_NIBBLES = torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32).to(torch.float8_e4m3fn)
+INT4_TO_E4M3 = Decoder("table_e4m3", table8_asm(tuple(E4M3_NIBBLES.view(torch.uint8).tolist())))
+UINT4_TO_INT8 = Decoder("int4_int8")
+
+
+def eight_bit_decoder(dtype: torch.dtype, zero: bool) -> Decoder:
+    """The decoder of integer weights for activations of int8 or float8_e4m3fn."""
+    if dtype == torch.int8:
+        return UINT4_TO_INT8 if zero else INT4_TO_INT8
+    return INT4_TO_E4M3
+
+
+@cache
+def table_decoder(values: tuple[float, ...], dtype: torch.dtype) -> Decoder:
+    """The decoder of a table of 16 values that are rounded to bfloat16 or float16."""
+    bits = torch.tensor(values, dtype=torch.float32).to(dtype).view(torch.uint16).tolist()
+    return Decoder("table", table16_asm(tuple(bits)))

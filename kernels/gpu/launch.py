@@ -7,6 +7,7 @@ once for each combination of argument kinds and then calls the compiled kernel.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,6 +75,22 @@ def _kind(value: Any) -> Any:
     return type(value), value.base.dtype, tuple(value.block_shape)  # a TensorDescriptor
 
 
+def capability(device: torch.device | None = None) -> int:
+    """The compute capability that a launch now is for, as in sm_90; 0 in the interpreter."""
+    target = getattr(triton.runtime.driver._active, "capability", None)
+    if target is not None:
+        return target
+    if INTERPRET:
+        return 0
+    return _capability(torch.cuda.current_device() if device is None else device.index or 0)
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Within it, nothing is launched: each launch is handed to `recorder`."""
@@ -89,13 +106,14 @@ class _Target:
     """A driver that knows a GPU by name only, enough for Triton to compile."""
 
     def __init__(self, capability: int) -> None:
+        self.capability = capability
         self._target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> Any:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # Triton keeps what it compiled for each device
 
     def get_current_stream(self, device: int) -> int:
         return 0

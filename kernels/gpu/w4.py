@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qfx.kernels.gpu.decode4 import int4_to_float, int4_to_int8, table8_asm, table16_asm, table_to_float, table_to_float8
-from qfx.kernels.gpu.launch import INTERPRET, Launcher, interpreted
+from qfx.kernels.gpu.decode4 import E4M3_NIBBLES, INT4_TO_E4M3, Decoder, decode
+from qfx.kernels.gpu.dequantize4 import by_cublas
+from qfx.kernels.gpu.launch import INTERPRET, Launcher, capability, interpreted
 from qfx.kernels.gpu.parts import counters, sum_parts
+from qfx.kernels.gpu.pdl import launch_next, wait_for_previous
 from qfx.kernels.gpu.tune import bucket, pick
 
 
@@ -54,19 +56,6 @@ def _load_group(s_ptr, z_ptr, g, groups, stride, rn, ZERO: tl.constexpr):
 
 
 @triton.jit
-def _decode(w, z, table_ptr, DECODE: tl.constexpr, ZERO: tl.constexpr, F16: tl.constexpr, ASM: tl.constexpr):
-    if DECODE == "int4":
-        a = int4_to_float(w, z.to(tl.float32)[:, None], F16)
-    elif DECODE == "int4_int8":
-        a = int4_to_int8(w, z[:, None], ZERO)
-    elif DECODE == "table":
-        a = table_to_float(w, table_ptr, ASM, F16)
-    else:
-        a = table_to_float8(w, table_ptr, ASM)
-    return a
-
-
-@triton.jit
 def _minus(a, zero, DECODE: tl.constexpr):
     """Exact: both are integers below 16."""
     if DECODE == "int4":
@@ -90,78 +79,92 @@ def _product(a, x, INT: tl.constexpr):
 
 
 @triton.jit
-def w4_kernel(
+def _kernel(
     x_ptr, x_scale_ptr, w_ptr, s_ptr, z_ptr, table_ptr, b_ptr, y_ptr, part_ptr, count_ptr,
     M, N, K, groups, x_stride, s_stride,
     DECODE: tl.constexpr, ASM: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     SCALED: tl.constexpr, BIAS: tl.constexpr, F16: tl.constexpr, EVEN_K: tl.constexpr,
-    BN: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     pn, pt = _tile_of(tl.program_id(0), tl.cdiv(M, BT), tl.cdiv(N, BN), TOKENS)
     pk = tl.program_id(1)
     blocks = tl.cdiv(K, 128)
-    first = (blocks * pk) // SPLIT
-    last = (blocks * (pk + 1)) // SPLIT
+    steps = tl.cdiv(blocks, UNROLL)
+    first = (steps * pk) // SPLIT
+    last = (steps * (pk + 1)) // SPLIT
     INT: tl.constexpr = DECODE == "int4_int8"
     WORDS: tl.constexpr = 32 if DECODE == "int4" or DECODE == "table" else 64  # 64 bytes in either case
     rows = tl.arange(0, BN)
     rn = pn * BN + rows
     rt = pt * BT + tl.arange(0, BT)
     live = (rt < M)[None, :]
-    # 128 rows of 128 columns are consecutive in memory; BN is 64 or 128
-    tile = ((pn * BN) // 128).to(tl.int64) * blocks * (128 * WORDS) + ((pn * BN) % 128) * WORDS
-    wp = w_ptr + tile + first * (128 * WORDS) + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    # 128 rows of 128 columns are consecutive in memory; BN is 64, or a multiple of 128
+    if BN <= 128:
+        tile = ((pn * BN) // 128).to(tl.int64) * blocks * (128 * WORDS) + ((pn * BN) % 128) * WORDS
+        wp = w_ptr + tile + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    else:
+        tile = (rn // 128).to(tl.int64) * blocks * (128 * WORDS) + (rn % 128) * WORDS
+        wp = w_ptr + tile[:, None] + tl.arange(0, WORDS)[None, :]
+    wp += first * (UNROLL * 128 * WORDS)
+    wait_for_previous(PDL)
     WIDTH: tl.constexpr = GROUP if GROUP == 32 or GROUP == 64 else 128
     rk = tl.arange(0, WIDTH)
-    xp = x_ptr + rt.to(tl.int64)[None, :] * x_stride + (first * 128 + rk)[:, None]
+    xp = x_ptr + rt.to(tl.int64)[None, :] * x_stride + (first * (UNROLL * 128) + rk)[:, None]
     acc = tl.zeros((BN, BT), dtype=tl.int32 if INT and GROUP < 0 else tl.float32)
     # Scales and zero points are loaded one block ahead: their latency passes while a block is computed.
     if GROUP == 64:
-        s0, z0 = _load_group(s_ptr, z_ptr, first * 2, groups, s_stride, rn, ZERO)
-        s1, z1 = _load_group(s_ptr, z_ptr, first * 2 + 1, groups, s_stride, rn, ZERO)
+        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2), groups, s_stride, rn, ZERO)
+        s1, z1 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2) + 1, groups, s_stride, rn, ZERO)
     elif GROUP >= 128:
-        s0, z0 = _load_group(s_ptr, z_ptr, first * 128 // GROUP, groups, s_stride, rn, ZERO)
+        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 128) // GROUP, groups, s_stride, rn, ZERO)
     else:
         s0, z0 = _load_group(s_ptr, z_ptr, 0, groups, s_stride, rn, ZERO)
-    for block in range(first, last):
-        k = (block * 128 + rk)[:, None]
-        if TOKENS == 1:  # a weight is read once
-            w = tl.load(wp, eviction_policy="evict_first")
-        else:
-            w = tl.load(wp)
-        if GROUP < 0:  # one scale for all columns
-            a = _decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM)
-            acc = tl.dot(a, _load_x(xp, live, k, K, EVEN_K), acc, out_dtype=acc.dtype)
-        elif GROUP >= 128:
-            x = _load_x(xp, live, k, K, EVEN_K)
-            s_next, z_next = _load_group(s_ptr, z_ptr, (block + 1) * 128 // GROUP, groups, s_stride, rn, ZERO)
-            a = _decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM)
-            acc += _product(a, x, INT) * s0[:, None]
-            s0, z0 = s_next, z_next
-        elif GROUP == 64:
-            x0, x1 = _load_x(xp, live, k, K, EVEN_K), _load_x(xp + 64, live, k + 64, K, EVEN_K)
-            t0, u0 = _load_group(s_ptr, z_ptr, block * 2 + 2, groups, s_stride, rn, ZERO)
-            t1, u1 = _load_group(s_ptr, z_ptr, block * 2 + 3, groups, s_stride, rn, ZERO)
-            a0, a1 = _halves(_decode(w, z0 * 0, table_ptr, DECODE, False, F16, ASM), BN, 128)
-            acc += _product(_minus(a0, z0, DECODE), x0, INT) * s0[:, None]
-            acc += _product(_minus(a1, z1, DECODE), x1, INT) * s1[:, None]
-            s0, z0, s1, z1 = t0, u0, t1, u1
-        else:
-            x0, x1 = _load_x(xp, live, k, K, EVEN_K), _load_x(xp + 32, live, k + 32, K, EVEN_K)
-            x2, x3 = _load_x(xp + 64, live, k + 64, K, EVEN_K), _load_x(xp + 96, live, k + 96, K, EVEN_K)
-            low, high = _halves(_decode(w, z0 * 0, table_ptr, DECODE, False, F16, ASM), BN, 128)
-            a0, a1 = _halves(low, BN, 64)
-            a2, a3 = _halves(high, BN, 64)
-            t0, u0 = _load_group(s_ptr, z_ptr, block * 4, groups, s_stride, rn, ZERO)
-            t1, u1 = _load_group(s_ptr, z_ptr, block * 4 + 1, groups, s_stride, rn, ZERO)
-            t2, u2 = _load_group(s_ptr, z_ptr, block * 4 + 2, groups, s_stride, rn, ZERO)
-            t3, u3 = _load_group(s_ptr, z_ptr, block * 4 + 3, groups, s_stride, rn, ZERO)
-            acc += _product(_minus(a0, u0, DECODE), x0, INT) * t0[:, None]
-            acc += _product(_minus(a1, u1, DECODE), x1, INT) * t1[:, None]
-            acc += _product(_minus(a2, u2, DECODE), x2, INT) * t2[:, None]
-            acc += _product(_minus(a3, u3, DECODE), x3, INT) * t3[:, None]
-        wp += 128 * WORDS
-        xp += 128
+    for step in range(first, last):
+        for i in tl.static_range(UNROLL):
+            block = step * UNROLL + i
+            k = (block * 128 + rk)[:, None]
+            # the last step may reach past the last block: read that one again, times masked columns of x
+            ahead = i * (128 * WORDS) if EVEN_K else tl.minimum(i, blocks - 1 - step * UNROLL) * (128 * WORDS)
+            if TOKENS == 1:  # a weight is read once
+                w = tl.load(wp + ahead, eviction_policy="evict_first")
+            else:
+                w = tl.load(wp + ahead)
+            at = xp + i * 128
+            if GROUP < 0:  # one scale for all columns
+                a = decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM)
+                acc = tl.dot(a, _load_x(at, live, k, K, EVEN_K), acc, out_dtype=acc.dtype)
+            elif GROUP >= 128:
+                x = _load_x(at, live, k, K, EVEN_K)
+                s_next, z_next = _load_group(s_ptr, z_ptr, (block + 1) * 128 // GROUP, groups, s_stride, rn, ZERO)
+                a = decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM)
+                acc += _product(a, x, INT) * s0[:, None]
+                s0, z0 = s_next, z_next
+            elif GROUP == 64:
+                x0, x1 = _load_x(at, live, k, K, EVEN_K), _load_x(at + 64, live, k + 64, K, EVEN_K)
+                t0, u0 = _load_group(s_ptr, z_ptr, block * 2 + 2, groups, s_stride, rn, ZERO)
+                t1, u1 = _load_group(s_ptr, z_ptr, block * 2 + 3, groups, s_stride, rn, ZERO)
+                a0, a1 = _halves(decode(w, z0 * 0, table_ptr, DECODE, False, F16, ASM), BN, 128)
+                acc += _product(_minus(a0, z0, DECODE), x0, INT) * s0[:, None]
+                acc += _product(_minus(a1, z1, DECODE), x1, INT) * s1[:, None]
+                s0, z0, s1, z1 = t0, u0, t1, u1
+            else:
+                x0, x1 = _load_x(at, live, k, K, EVEN_K), _load_x(at + 32, live, k + 32, K, EVEN_K)
+                x2, x3 = _load_x(at + 64, live, k + 64, K, EVEN_K), _load_x(at + 96, live, k + 96, K, EVEN_K)
+                low, high = _halves(decode(w, z0 * 0, table_ptr, DECODE, False, F16, ASM), BN, 128)
+                a0, a1 = _halves(low, BN, 64)
+                a2, a3 = _halves(high, BN, 64)
+                t0, u0 = _load_group(s_ptr, z_ptr, block * 4, groups, s_stride, rn, ZERO)
+                t1, u1 = _load_group(s_ptr, z_ptr, block * 4 + 1, groups, s_stride, rn, ZERO)
+                t2, u2 = _load_group(s_ptr, z_ptr, block * 4 + 2, groups, s_stride, rn, ZERO)
+                t3, u3 = _load_group(s_ptr, z_ptr, block * 4 + 3, groups, s_stride, rn, ZERO)
+                acc += _product(_minus(a0, u0, DECODE), x0, INT) * t0[:, None]
+                acc += _product(_minus(a1, u1, DECODE), x1, INT) * t1[:, None]
+                acc += _product(_minus(a2, u2, DECODE), x2, INT) * t2[:, None]
+                acc += _product(_minus(a3, u3, DECODE), x3, INT) * t3[:, None]
+        wp += UNROLL * 128 * WORDS
+        xp += UNROLL * 128
+    launch_next(PDL)  # not sooner: what starts early takes room on some multiprocessors and not on others
     total = acc.to(tl.float32)
     if GROUP < 0:
         total *= s0[:, None]
@@ -179,44 +182,20 @@ def w4_kernel(
 
 
 @dataclass(frozen=True)
-class Decoder:
-    """How nibbles become numbers.
+class Config:
+    """How one launch is cut.
 
     Attributes:
-        kind: `int4`, `int4_int8`, `table` or `table_e4m3`.
-        asm: PTX of a table's lookup.
-        factor: what sums are multiplied by, with the scales of the tokens.
+        bn: rows of a tile: 64, 128 or 256.
+        bt: tokens of a tile.
+        split: programs that share the columns of a tile.
+        warps: of a program.
+        stages: of its pipeline.
+        tokens: token tiles that run together, so that they share weights in the L2 cache.
+        unroll: blocks of 128 columns in a step of the loop.
+        registers: limit for a thread, so that more programs fit; 0 for none.
+        chunk: if not 0, nothing of this: so many rows at a time are dequantized, and multiplied by cuBLAS.
     """
-
-    kind: str
-    asm: str = ""
-    factor: float = 1.0
-
-
-INT4 = Decoder("int4")
-INT4_TO_INT8 = Decoder("int4_int8", factor=1 / 16)
-_NIBBLES = torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32).to(torch.float8_e4m3fn)
-INT4_TO_E4M3 = Decoder("table_e4m3", table8_asm(tuple(_NIBBLES.view(torch.uint8).tolist())))
-UINT4_TO_INT8 = Decoder("int4_int8")
-
-
-def eight_bit_decoder(dtype: torch.dtype, zero: bool) -> Decoder:
-    """The decoder of integer weights for activations of int8 or float8_e4m3fn."""
-    if dtype == torch.int8:
-        return UINT4_TO_INT8 if zero else INT4_TO_INT8
-    return INT4_TO_E4M3
-
-
-@cache
-def table_decoder(values: tuple[float, ...], dtype: torch.dtype) -> Decoder:
-    """The decoder of a table of 16 values that are rounded to bfloat16 or float16."""
-    bits = torch.tensor(values, dtype=torch.float32).to(dtype).view(torch.uint16).tolist()
-    return Decoder("table", table16_asm(tuple(bits)))
-
-
-@dataclass(frozen=True)
-class Config:
-    """Rows and tokens of a tile, parts of K, warps, stages of the pipeline, and token tiles that share weights."""
 
     bn: int
     bt: int
@@ -224,16 +203,24 @@ class Config:
     warps: int
     stages: int
     tokens: int = 1
+    unroll: int = 1
+    registers: int = 0
+    chunk: int = 0
 
 
 @cache
-def launcher(config: Config, decoder: Decoder, group: int, flags: tuple[bool, bool, bool, bool, bool]) -> Launcher:
-    """The kernel for one configuration; flags: zero points, scaled tokens, bias, float16, K a multiple of 128."""
-    zero, scaled, bias, f16, even_k = flags
+def launcher(
+    config: Config, decoder: Decoder, group: int, flags: tuple[bool, bool, bool, bool], columns: int, capable: int
+) -> Launcher:
+    """The kernel for one configuration; flags: zero points, scaled tokens, bias, float16."""
+    zero, scaled, bias, f16 = flags
+    pdl = capable >= 90
+    limit = {"maxnreg": config.registers} if config.registers else {}
     return Launcher(
-        w4_kernel, DECODE=decoder.kind, ASM=decoder.asm, FACTOR=decoder.factor, GROUP=group, ZERO=zero, SCALED=scaled,
-        BIAS=bias, F16=f16, EVEN_K=even_k, BN=config.bn, BT=config.bt, SPLIT=config.split, TOKENS=config.tokens,
-        num_warps=config.warps, num_stages=config.stages,
+        _kernel, DECODE=decoder.kind, ASM=decoder.asm, FACTOR=decoder.factor, GROUP=group, ZERO=zero, SCALED=scaled,
+        BIAS=bias, F16=f16, EVEN_K=columns % (128 * config.unroll) == 0, BN=config.bn, BT=config.bt,
+        SPLIT=config.split, TOKENS=config.tokens, UNROLL=config.unroll, PDL=pdl,
+        num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl, **limit,
     )  # fmt: skip
 
 
@@ -275,56 +262,72 @@ def w4(
     y = torch.empty((tokens, rows), dtype=dtype, device=x.device)
     if tokens == 0 or rows == 0:
         return y
-    flags = zero is not None, x_scale is not None, bias is not None, dtype == torch.float16, columns % 128 == 0
+    flags = zero is not None, x_scale is not None, bias is not None, dtype == torch.float16
+    capable = capability(x.device)
     if decoder is INT4_TO_E4M3 and INTERPRET:
-        table = _NIBBLES
+        table = E4M3_NIBBLES
     words = tiles.view(torch.int16) if decoder.kind in ("int4", "table") else tiles
 
     def run(config: Config, words: Tensor) -> None:
+        if config.chunk:
+            by_cublas(x, words, scale, zero, table, bias, y, group, decoder, config.chunk)
+            return
         count = -(-rows // config.bn) * -(-tokens // config.bt)
         part = arrived = None
         if config.split > 1:
             part = torch.empty(count * config.split * config.bn * config.bt, dtype=torch.float32, device=x.device)
             arrived = counters(count, x.device)
-        launcher(config, decoder, group, flags)(
+        launcher(config, decoder, group, flags, columns % 256, capable)(
             (count, config.split, 1), x, x_scale, words, scale, zero, table, bias, y, part, arrived,
             tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
         )  # fmt: skip
 
     key = (decoder.kind, rows, columns, bucket(tokens), group)
-    config = pick("w4", key, default(tokens, rows, columns), lambda: candidates(tokens, rows, columns), run, words)
+    dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
+    config = pick(
+        "w4", key, default(tokens, rows, columns, dense), lambda: candidates(tokens, rows, columns, dense), run, words
+    )
     run(config, words)
     return y
 
 
-def default(tokens: int, rows: int, columns: int) -> Config:
+def default(tokens: int, rows: int, columns: int, dense: bool = False) -> Config:
     """A rule for shapes that nobody has measured: about four programs on each of an H200's 132 multiprocessors."""
+    if dense and tokens > 512:
+        return Config(0, 0, 1, 0, 0, chunk=2048)
     if tokens > 32:
         return Config(64, 64 if tokens <= 64 else 128, 1, 4, 3, 1 if tokens <= 128 else 8)
-    bn = 64 if rows < 8192 else 128
-    split = max(1, min(8, 528 // (-(-rows // bn)), columns // 512))
-    return Config(bn, 16 if tokens <= 16 else 32, split, bn // 16, 5)
+    split = max(1, min(8, 528 // (-(-rows // 64)), columns // 512))
+    return Config(64, 16 if tokens <= 16 else 32, split, 4, 4)
 
 
-def candidates(tokens: int, rows: int, columns: int) -> list[Config]:
+def candidates(tokens: int, rows: int, columns: int, dense: bool = False) -> list[Config]:
     """What `autotune` tries."""
     blocks = -(-columns // 128)
     found = []
+    if dense and tokens > 128:
+        found = [Config(0, 0, 1, 0, 0, chunk=chunk) for chunk in (2048, 4096, 1 << 20) if chunk < 2 * rows]
     if tokens <= 32:
         bt = 16 if tokens <= 16 else 32
         for bn in (64, 128):
             tiles = -(-rows // bn)
-            for split in (1, 2, 3, 4, 6, 7, 8, 12, 16):
-                if split == 1 or (blocks // split >= 3 and tiles * split <= 2400):
-                    found += [Config(bn, bt, split, bn // 16, stages) for stages in (4, 6)]
+            for split in (1, 2, 3, 4, 6, 8, 12):
+                if split == 1 or (blocks // split >= 4 and tiles * split <= 1800):
+                    shapes = ((1, 4, 0), (2, 3, 0), (1, 4, 72), (2, 3, 72), (1, 4, 64)) if bn == 64 else ((2, 3, 0),)
+                    found += [Config(bn, bt, split, bn // 16, n, 1, unroll, limit) for unroll, n, limit in shapes]
         return found
     for bt in (32, 64, 128):
         if bt > 2 * tokens or (tokens > 128 and bt < 128):
             continue
-        for bn in (64, 128):
-            for split in (1, 2, 3, 4):
-                tiles = -(-rows // bn) * -(-tokens // bt)
-                if split == 1 or (tiles * split <= 1600 and tokens <= 256):
-                    grouping = (1,) if tokens <= 128 else (4, 16)
-                    found += [Config(bn, bt, split, bn // 16, stages, g) for stages in (3, 4) for g in grouping]
+        for split in (1, 2, 3, 4):
+            if split > 1 and tokens > 256:
+                break
+            for tokens_together in (1,) if tokens <= 128 else (4, 16):
+                common = (split, tokens_together)
+                found += [Config(64, bt, common[0], 4, stages, common[1]) for stages in (3, 4)]
+                found += [Config(128, bt, common[0], 8, stages, common[1]) for stages in (3, 4)]
+                if bt < 128:
+                    found.append(Config(128, bt, common[0], 8, 3, common[1], 1, 128))
+                    found.append(Config(64, bt, common[0], 4, 3, common[1], 2))
+                    found.append(Config(256, bt, common[0], 8, 3, common[1]))
     return found

@@ -18,14 +18,22 @@ from tests.kernels.law import U32, Case, make_case
 
 triton = pytest.importorskip("triton")
 
+from qfx.kernels.gpu import decode4, dequantize4  # noqa: E402
 from qfx.kernels.gpu import w4 as gpu  # noqa: E402
 from qfx.kernels.gpu.launch import INTERPRET  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = pytest.mark.skipif(not (INTERPRET or CUDA), reason="needs Triton's interpreter (TRITON_INTERPRET=1) or a GPU")
+pytestmark = pytest.mark.skipif(
+    not (INTERPRET or CUDA), reason="needs Triton's interpreter (TRITON_INTERPRET=1) or a GPU"
+)
 
-CONFIGS = [gpu.Config(64, 16, 1, 4, 3), gpu.Config(128, 32, 3, 8, 4), gpu.Config(64, 64, 1, 4, 3, 2)]
+CONFIGS = [
+    gpu.Config(64, 16, 1, 4, 3),
+    gpu.Config(128, 32, 3, 8, 4),
+    gpu.Config(64, 64, 1, 4, 3, 2),
+    gpu.Config(256, 16, 2, 8, 3, unroll=2),
+]
 LARGER = [((1,), 4096, 512), ((17,), 1152, 333), ((130,), 640, 1000), ((300,), 2048, 264), ((16,), 14336, 128)]
 
 
@@ -59,7 +67,7 @@ def prepared(case: Case, module, **more) -> dict[str, Tensor | None]:
     return {k: None if v is None else v.to(DEVICE) for k, v in made.items()}
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.bn}x{c.bt}x{c.split}")
+@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.bn}x{c.bt}x{c.split}x{c.unroll}")
 def config(request, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "pick", lambda *_: request.param)
 
@@ -87,7 +95,7 @@ def check_w4a16(shape, dtype, act_order) -> None:
         order = parts["order"].cpu().long()
         flat, w = flat[:, order], w[:, order]
     bias = None if case.bias is None else case.bias.to(DEVICE)
-    args = parts["tiles"], parts["scale"], parts["zero"], bias, shape[2], group_of(case), gpu.INT4
+    args = parts["tiles"], parts["scale"], parts["zero"], bias, shape[2], group_of(case), decode4.INT4
     y = gpu.w4(flat.to(DEVICE), *args)
     assert worst(y, flat, w, case.bias) <= 1
     strided = torch.zeros(len(flat), shape[1] + 8, dtype=dtype, device=DEVICE)[:, : shape[1]]
@@ -101,7 +109,7 @@ def test_w4a8(shape, config) -> None:
     grid = case.input["x_grid"]
     parts = prepared(case, w4a8_linear, x_grid=grid)
     codes, scale, _ = quantize_activation(case.x.reshape(-1, shape[1]), grid, None, None, False)
-    decoder = gpu.eight_bit_decoder(codes.dtype, parts["zero"] is not None)
+    decoder = decode4.eight_bit_decoder(codes.dtype, parts["zero"] is not None)
     bias = None if case.bias is None else case.bias.to(DEVICE)
     weight = parts["tiles"], parts["scale"], parts["zero"], bias, shape[2], group_of(case), decoder
     y = gpu.w4(codes.to(DEVICE), *weight, x_scale=scale.to(DEVICE), dtype=torch.bfloat16)
@@ -118,9 +126,11 @@ def test_nf4(shape, dtype, config) -> None:
     x, w = torch.randn(*lead, columns).to(dtype), torch.randn(rows, columns) / columns
     codes, absmax = nf4_linear.quantize(w, group, name)
     tiles, scale = nf4_linear.prepare(codes, absmax)
-    assert all(a.equal(b) for a, b in zip(nf4_linear.restore(tiles, scale, rows, columns), (codes, absmax), strict=True))
+    assert all(
+        a.equal(b) for a, b in zip(nf4_linear.restore(tiles, scale, rows, columns), (codes, absmax), strict=True)
+    )
     values = nf4_linear.table(name, torch.device("cpu"), dtype)
-    decoder = gpu.table_decoder(nf4_linear.TABLES[name], dtype)
+    decoder = decode4.table_decoder(nf4_linear.TABLES[name], dtype)
     flat = x.reshape(-1, columns)
     y = gpu.w4(
         flat.to(DEVICE), tiles.to(DEVICE), scale.to(DEVICE), None, None, rows, group, decoder, table=values.to(DEVICE)
@@ -133,7 +143,7 @@ def test_a_wrong_nibble_is_seen(config) -> None:
     case = make_case((16,), 128, 128, "W4A16_G128", torch.bfloat16)
     parts = prepared(case, w4a16_linear)
     parts["tiles"][0, 0, 5, 7] ^= 16
-    y = gpu.w4(case.x.to(DEVICE), parts["tiles"], parts["scale"], None, case.bias.to(DEVICE), 128, 128, gpu.INT4)
+    y = gpu.w4(case.x.to(DEVICE), parts["tiles"], parts["scale"], None, case.bias.to(DEVICE), 128, 128, decode4.INT4)
     assert worst(y, case.x, case.weight.dequantize(), case.bias) > 1
 
 
@@ -143,3 +153,18 @@ def test_a_wrong_nibble_is_seen(config) -> None:
 def test_larger_w4a16(size, scheme, config) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         check_w4a16((*size, scheme), dtype, act_order=False)
+
+
+@pytest.mark.parametrize("shape", [s for s in w4a16_linear.CASES if s[0] != (0,)], ids=str)
+def test_dequantized_for_cublas(shape, monkeypatch) -> None:
+    case = make_case(*shape, torch.float16)
+    parts = prepared(case, w4a16_linear)
+    words = parts["tiles"].view(torch.int16)
+    out = torch.empty(shape[2], shape[1], dtype=torch.float16, device=DEVICE)
+    dequantize4.dequantize(words, parts["scale"], parts["zero"], None, out, group_of(case), decode4.INT4, 0)
+    assert out.cpu().equal(case.weight.dequantize().half())
+    monkeypatch.setattr(gpu, "pick", lambda *_: gpu.Config(0, 0, 1, 0, 0, chunk=128))
+    flat = case.x.reshape(-1, shape[1]).to(DEVICE)
+    bias = None if case.bias is None else case.bias.to(DEVICE)
+    y = gpu.w4(flat, parts["tiles"], parts["scale"], parts["zero"], bias, shape[2], group_of(case), decode4.INT4)
+    assert worst(y, flat, case.weight.dequantize().half(), case.bias) <= 1
