@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from .core import errors
     from .core.spec import QSpec, Scheme
     from .explanation import explain
+    from .lowering import lower
     from .package import load, save
     from .quantize import quantize
     from .recipes import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["QSpec", "Recipe", "Scheme", "errors", "explain", "load", "quantize", "save"]
+__all__ = ["QSpec", "Recipe", "Scheme", "errors", "explain", "load", "lower", "quantize", "save"]
 _HOMES = {
     "explain": "explanation",
     "quantize": "quantize",
+    "lower": "lowering",
     "save": "package",
     "load": "package",
     "Recipe": "recipes",

@@ -52,7 +52,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Named], plan: Mapping[str, 
     """Writes the files, one shard's copy in memory at a time."""
     for file in dict.fromkeys(entry.file for entry in plan.values()):
         # clones: safetensors refuses views into one memory, and a slice must not take its whole storage along
-        shard = {n: tensors[n].tensor.detach().cpu().contiguous() for n, entry in plan.items() if entry.file == file}
+        shard = {n: tensors[n].value().detach().cpu().contiguous() for n, entry in plan.items() if entry.file == file}
         storages = Counter(t.untyped_storage().data_ptr() for t in shard.values())
         for name, t in shard.items():
             storage = t.untyped_storage()

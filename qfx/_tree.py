@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qfx.modules.linear import QLinear
+from qfx.kernels.pack import empty_store
+from qfx.modules.linear import BUFFERS, QLinear
+from qfx.modules.merged import Whole
 from qfx.modules.parameter import Slot, empty_parameter
 
 from ._manifest import DerivedEntry, LayerEntry, Manifest, ParameterEntry, TensorEntry
@@ -19,22 +22,61 @@ from .core.shifted import NAME, Shifted, make_shifted
 
 
 class Named(NamedTuple):
-    """A tensor under one of its names; `stored` says whether `state_dict` has it."""
+    """A tensor under one of its names.
+
+    Attributes:
+        name: as in a `state_dict`.
+        kind: "parameter" or "buffer".
+        stored: whether `state_dict` has it.
+        tensor: it; of a weight in another layout than the stored one, a blank of its shape that has no memory.
+        make: computes it anew in that case.
+    """
 
     name: str
     kind: str
     stored: bool
     tensor: Tensor
+    make: Callable[[], Tensor] | None = None
+
+    def value(self) -> Tensor:
+        """The tensor with its values."""
+        return self.tensor if self.make is None else self.make()
+
+
+def tree_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules under all their names, but those that lowering has added."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, Whole):
+            yield path, module
 
 
 def named_tensors(model: nn.Module) -> Iterator[Named]:
-    """All parameters and buffers, each under all of its names."""
-    for path, module in model.named_modules(remove_duplicate=False):
+    """All parameters and buffers, each under all of its names; those of a lowered linear as they are stored."""
+    blanks: dict[nn.Module, dict[str, Tensor]] = {}
+    for path, module in tree_of(model):
+        if isinstance(module, QLinear) and not module.as_stored:
+            for leaf, blank in blanks.setdefault(module, _blanks(module)).items():
+                make = functools.partial(_stored_weight, module, leaf)
+                yield Named(f"{path}.{leaf}".lstrip("."), "buffer", True, blank, make)
         for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
             for leaf, tensor in table.items():
-                if tensor is not None:
+                if tensor is not None and not (isinstance(module, QLinear) and leaf in module.layout):
                     stored = kind == "parameter" or leaf not in module._non_persistent_buffers_set
                     yield Named(f"{path}.{leaf}".lstrip("."), kind, stored, tensor)
+
+
+def _blanks(module: QLinear) -> dict[str, Tensor]:
+    """Tensors like those of the stored weight, of which each has its own address and no two elements."""
+    shape = module.out_features, module.in_features
+    wanted = empty_store(module.scheme.weight, shape, module.has_g_idx, "meta")
+    like = {BUFFERS[key]: t for key, t in wanted.items() if t is not None}
+    return {leaf: torch.empty(1, dtype=t.dtype, device=module.device).expand(t.shape) for leaf, t in like.items()}
+
+
+def _stored_weight(module: QLinear, leaf: str) -> Tensor:
+    value = module.stored()[next(key for key, name in BUFFERS.items() if name == leaf)]
+    assert value is not None
+    return value
 
 
 def stored_names(model: nn.Module) -> set[str]:
@@ -51,7 +93,7 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def describe(model: nn.Module) -> dict[str, Any]:
     """The manifest's `layers`, `parameters`, `shifts`, `online`, `ties`, `derived`, and what is stored as `tensors`."""
     layers: dict[QLinear, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in tree_of(model):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise PackageError(f"{path or 'the model'} has extra state, which is not saved; keep it in buffers")
         if isinstance(module, QLinear):
@@ -98,7 +140,7 @@ def _layer(module: QLinear, paths: list[str]) -> LayerEntry:
         in_features=module.in_features,
         out_features=module.out_features,
         bias=module.bias is not None,
-        g_idx=module.g_idx is not None,
+        g_idx=module.has_g_idx,
         dtype=module.dtype,
     )
 
@@ -204,7 +246,7 @@ def _put_parameter(model: nn.Module, entry: ParameterEntry) -> None:
 
 def unlike(model: nn.Module, fresh: nn.Module) -> str | None:
     """Says which module of a rebuilt model is of another class than the saved one's; both have the same tensors."""
-    for (path, a), (_, b) in zip(model.named_modules(), fresh.named_modules(), strict=True):
+    for (path, a), (_, b) in zip(tree_of(model), tree_of(fresh), strict=True):
         was, now = ([f"{c.__module__}.{c.__qualname__}" for c in type(m).__mro__] for m in (a, b))
         if was != now:
             return f"{path} is a {was[0]}, not a {now[0]}" if was[0] != now[0] else f"{path} has a class of {was}"

@@ -21,7 +21,7 @@ from .core.report import Layer, Miss, general
 from .core.site import Site
 from .core.spec import scheme_label
 from .inputs import check_model, feeds_of
-from .quantize import discover
+from .quantize import discover, planned_kernel
 from .recipes import Recipe, settings
 from .report import add_row, new_table, percent, plain
 
@@ -81,7 +81,8 @@ class Explanation:
         steps: of the recipe, in order.
         sites: every site that was proved, in graph order.
         misses: linears that no site covers, and why; products that no view covers.
-        layers: every linear with its scheme; `note` says why one stays in float.
+        layers: every linear with its scheme; `op` is the kernel that will compute it on a CUDA device, `note` says why
+            that one, or why the layer stays in float.
         warnings: what else the user should know.
     """
 
@@ -150,9 +151,9 @@ class Explanation:
         return table
 
     def _layers(self, verbose: bool) -> Table:
-        table = new_table("Layers", "layer", ">times", "scheme", "shape", "note")
+        table = new_table("Layers", "layer", ">times", "scheme", "shape", "kernel", "note")
         rows = [
-            (layer.name, layer.scheme or "float", " × ".join(map(str, layer.shape)), layer.note)
+            (layer.name, layer.scheme or "float", " × ".join(map(str, layer.shape)), layer.op or "-", layer.note)
             for layer in self.layers
         ]
         for name, times, cells in _collapsed(rows, verbose):
@@ -225,7 +226,9 @@ def _layers(state: State) -> list[Layer]:
     for linear in state.linears:
         scheme = state.plan.get(linear.weight)
         if scheme is not None:
-            layers[linear.weight] = Layer(linear.name, scheme_label(scheme), linear.shape(state.graph))
+            kernel, why = planned_kernel(state, linear)
+            shape = linear.shape(state.graph)
+            layers[linear.weight] = Layer(linear.name, scheme_label(scheme), shape, op=kernel, note=why)
         elif (layer := floats.pop(linear.name, None)) is not None:
             layers[linear.weight] = layer
     return [*layers.values(), *floats.values()]

@@ -19,6 +19,7 @@ from ._manifest import CONFIG, FORMAT, GENERATION, REPORT, Manifest, ModelEntry,
 from ._shards import load_shards, plan_shards, write_shards
 from ._tree import describe, rebuild, restore_derived, stored_names, unlike
 from .core.errors import PackageError, RecipeError
+from .core.lowering import LoweringReport
 from .core.report import Report
 from .recipes import Recipe
 
@@ -32,11 +33,13 @@ class Quantized:
         recipe: what was asked for; None once loaded if it has steps that this qfx does not know (`report.recipe` names
             them).
         example: shapes of the inputs that it was captured with, by name.
+        lowering: what `qfx.lower` did on this machine; it is not saved.
     """
 
     report: Report
     recipe: Recipe | None
     example: dict[str, list[int]]
+    lowering: LoweringReport | None = None
 
 
 def save(
@@ -101,6 +104,7 @@ def load(
     *,
     verify: bool = True,
     attn_implementation: str | None = None,
+    lower: bool = True,
 ) -> nn.Module:
     """Loads what `save` wrote: the same model, in evaluation mode, with `.qfx`.
 
@@ -111,6 +115,7 @@ def load(
         device: where to put the tensors.
         verify: compare the hash of every file (sizes are always compared).
         attn_implementation: instead of the one that the model had, for models of transformers.
+        lower: on a CUDA device, call `qfx.lower` on it.
 
     Raises:
         PackageError: the folder is not whole, or the model does not fit; in one line.
@@ -147,7 +152,12 @@ def load(
     except OSError as e:
         raise PackageError(f"load: {folder}: {one_line(e)}; check that it can be read") from e
     attach(fresh, Quantized(report, _recipe(manifest), manifest.example), names)
-    return fresh.eval()
+    fresh.eval()
+    if lower and place.type == "cuda":
+        from . import lowering  # it captures, which few who load need
+
+        lowering.lower(fresh)
+    return fresh
 
 
 def attach(model: nn.Module, info: Quantized, float_names: set[str]) -> None:

@@ -13,18 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qfx.modules.kernels import choose_kernel
 from qfx.passes.discover.capture import capture, check_feeds, fixed_size
 from qfx.passes.discover.linears import find_linears
 from qfx.passes.discover.plan import make_plan, untie
 from qfx.passes.discover.sites import find_sites, norm_gains
-from qfx.passes.lower.modules import Lower
+from qfx.passes.lower.modules import Lower, own_module
 
 from ._tree import stored_names
+from .core.errors import KernelError
 from .core.graph import Env, Graph
+from .core.linear import Linear
 from .core.memory import estimate
 from .core.passes import Progress, State, run_pass
 from .core.report import Layer, Miss, Report, StepRecord
-from .inputs import check_model, feeds_of
+from .inputs import check_model, device_of, feeds_of
+from .lowering import lower
 from .package import Quantized, attach
 from .progress import progress_bar
 from .recipes import Recipe, settings
@@ -98,8 +102,10 @@ def quantize(
             simulated = [floats(state.graph.run(b)) for b in state.batches[:1]]
             run_pass(state, Lower(), {}, done)
         finish(state, simulated, reference)
-    report.seconds = time.perf_counter() - began
     attach(model, Quantized(report, recipe, {k: list(v.shape) for k, v in batches[0].items()}), names)
+    if device_of(model).type == "cuda" and state.solved:
+        lower(model, batches[0])
+    report.seconds = time.perf_counter() - began
     return model
 
 
@@ -160,6 +166,18 @@ def example_values(graph: Graph, batch: Mapping[str, Tensor]) -> Env:
     finally:
         graph.working_dtype = None
     return env
+
+
+def planned_kernel(state: State, linear: Linear) -> tuple[str, str]:
+    """What will compute a linear of the plan on a CUDA device, and why."""
+    uses = [other for other in state.linears if other.weight == linear.weight]
+    if not own_module(state.graph.module, linear, uses):
+        return "dequantize", "a parameter that a module multiplies with in its own forward is dequantized each time"
+    *_, out, columns = linear.shape(state.graph)
+    try:
+        return choose_kernel(state.plan[linear.weight], columns, out)
+    except KernelError as e:
+        return "", f"rounded, but kept in float: {e}"
 
 
 def _small(graph: Graph, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qfx.core.report import Layer, Report
+from qfx.core.lowering import LoweringReport
+from qfx.core.report import Layer, Report, general
 
 WORST = 10
 """Layers that are listed unless all are asked for."""
@@ -47,6 +50,34 @@ def plain(shown: RenderableType, width: int) -> str:
     with console.capture() as capture:
         console.print(shown)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def render_lowering(report: LoweringReport, verbose: bool = False) -> Group:
+    """What `qfx.lower` did, as tables: each linear's kernel, and which linears read what others read, but stay alone.
+
+    Args:
+        report: what to show.
+        verbose: list every linear and miss; otherwise those that differ only in a block's number are one row.
+    """
+    layers = new_table("Kernels", "layer", ">times", "scheme", "kernel", "merged", "reason")
+    rows = [(x.name, x.scheme, x.kernel, ", ".join(_leaves(x.merged)) or "-", x.reason) for x in report.layers]
+    for row, times in _counted(rows, verbose):
+        add_row(layers, row[0], times, *row[1:])
+    misses = new_table("Not merged", "layer", ">times", "why")
+    for row, times in _counted([(m.where, m.why) for m in report.misses], verbose):
+        add_row(misses, row[0], times, *row[1:])
+    notes = [Text(f"note: {text}", style="yellow") for text in report.notes]
+    spaced = [item for table in (layers, misses) if table.row_count for item in (Text(), table)]
+    return Group(Text(report.headline(), style="bold"), *notes, *spaced)
+
+
+def _leaves(names: list[str]) -> list[str]:
+    return [name.rpartition(".")[2] for name in names]
+
+
+def _counted(rows: Sequence[tuple[str, ...]], verbose: bool) -> list[tuple[tuple[str, ...], str]]:
+    counts = Counter(rows if verbose else (tuple(map(general, row)) for row in rows))
+    return [(row, str(count)) for row, count in counts.items()]
 
 
 def new_table(title: str, *columns: str) -> Table:

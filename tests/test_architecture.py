@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 PACKAGE_OF = {folder: package for package, folder in SETUPTOOLS["package-dir"].items()}
-IMPORT_PASSES = {"inputs", "verify", "quantize", "recipes", "package", "cli", "backend", "explain"}  # modules of qfx
+# modules of qfx
+IMPORT_PASSES = {"inputs", "verify", "quantize", "lowering", "recipes", "package", "cli", "backend", "explain"}
 MAX_LINES = 400
 HOOKS = re.compile(r"register_(module_)?forward_(pre_)?hook")
 FAMILIES = (

@@ -58,8 +58,7 @@ class Lower:
 def replace_layer(root: nn.Module, linear: Linear, weight: str, solved: Solved, parameter: Tensor) -> str:
     """Puts one quantized layer into the module tree; returns the name of the op that will compute it."""
     given: dict[str, Any] = {"input_scale": solved.input_scale, "input_zero": solved.input_zero}
-    own_module = all(layer_path(use.node) == linear.name for use in solved.linears)
-    if own_module and not linear.experts and _only_multiplies(root.get_submodule(linear.name), solved.linears):
+    if own_module(root, linear, solved.linears):
         bias = getattr(root.get_submodule(linear.name), "bias", None)
         bias = bias.detach() if isinstance(bias, Tensor) else None
         qtensor = solved.qtensor.to(parameter.device)
@@ -79,6 +78,12 @@ def replace_layer(root: nn.Module, linear: Linear, weight: str, solved: Solved, 
     qtensor = solved.qtensor.to(parameter.device)
     quantize_parameter(root.get_submodule(path), leaf, qtensor, solved.scheme, layout, **given)
     return "dequantize"
+
+
+def own_module(root: nn.Module, linear: Linear, uses: Sequence[Linear]) -> bool:
+    """Whether all that a parameter's products belong to is one module, which does nothing else."""
+    inside = all(layer_path(use.node) == linear.name for use in uses)
+    return inside and not linear.experts and _only_multiplies(root.get_submodule(linear.name), uses)
 
 
 def _only_multiplies(module: nn.Module, uses: Sequence[Linear]) -> bool:

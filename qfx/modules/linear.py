@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,30 +12,33 @@ from qfx.core.errors import KernelError
 from qfx.core.grid import Int
 from qfx.core.qtensor import QTensor
 from qfx.core.spec import Scheme, scheme_label
-from qfx.kernels import fp8_linear, int8_linear, wna16_linear, wnaq_linear
 from qfx.kernels.pack import apply_to_bits, dequantize, empty_store, restore, store
 from qfx.kernels.quantize_rows import grid_name
+from qfx.modules.kernels import KERNELS, Stored, choose_op
 
-_OPS = {
-    "int8_linear": int8_linear,
-    "fp8_linear": fp8_linear,
-    "wna16_linear": wna16_linear,
-    "wnaq_linear": wnaq_linear,
-}
-"""By preference: the first that supports a scheme computes it."""
-
-_BUFFERS = {"codes": "weight_codes", "scale": "weight_scale", "zero": "weight_zero", "g_idx": "g_idx"}
+BUFFERS = {"codes": "weight_codes", "scale": "weight_scale", "zero": "weight_zero", "g_idx": "g_idx"}
 """Of what `store` gives."""
+_PREPARED = "kernel_"
+"""In front of the names of the tensors of a kernel's layout."""
 
 
-def choose_op(scheme: Scheme, in_features: int, g_idx: bool = False) -> str:
-    """The name of the op that computes a linear of this scheme; KernelError with every op's reason if none does."""
-    reasons = {name: op.supports(scheme, in_features, g_idx) for name, op in _OPS.items()}
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
-    why = "; ".join(reason for reason in reasons.values() if reason)
-    raise KernelError(f"lower: no op computes {scheme_label(scheme)} on {in_features} channels ({why})")
+class Part(Protocol):
+    """The share that a linear has in a merged one, which holds its weight and computes its output."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        ...
+
+    def stored(self) -> Stored:
+        """The linear's own weight, as `store` gives it."""
+        ...
+
+    def load(self, stored: Stored, error_msgs: list[str]) -> None:
+        """Takes over the weight, and the linear's bias and input scale, which have just been loaded."""
+        ...
 
 
 class QLinear(nn.Module):
@@ -46,12 +50,19 @@ class QLinear(nn.Module):
     (int32 scalar). `bias` is a buffer, too. `.half()`, `.to(dtype)` and the like cast only the bias and `dtype`, never
     codes or scales.
 
+    Lowering for speed may give the weight another layout, or move it into a linear that several share; the
+    `state_dict` and `qtensor` stay the same.
+
     Attributes:
         in_features: columns of W.
         out_features: rows of W.
         scheme: how weight and input are represented.
         dtype: the dtype of `weight` and `bias`. The output has the input's dtype.
-        op: the name of the op that `forward` calls.
+        op: the name of the op that computes the linear from the weight as it is stored.
+        kernel: the name in `KERNELS` of what computes it from a layout of its own, or "".
+        layout: names of the buffers that hold that layout.
+        part: its share in a merged linear, or None.
+        has_g_idx: whether there is a `g_idx`.
 
     Args:
         in_features: columns of W.
@@ -73,6 +84,10 @@ class QLinear(nn.Module):
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero: Tensor | None
+    kernel: str = ""
+    part: Part | None = None
+    layout: tuple[str, ...] = ()
+    _settings: tuple[Any, ...] = ()
 
     def __init__(
         self,
@@ -87,10 +102,10 @@ class QLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.scheme, self.dtype = scheme, dtype
+        self.scheme, self.dtype, self.has_g_idx = scheme, dtype, g_idx
         self.op = choose_op(scheme, in_features, g_idx)
         stored = empty_store(scheme.weight, (out_features, in_features), g_idx, device)
-        buffers = {name: stored[key] for key, name in _BUFFERS.items()}
+        buffers = {name: stored[key] for key, name in BUFFERS.items()}
         x = scheme.input
         static, asymmetric = x is not None and not x.dynamic, x is not None and not x.symmetric
         buffers["input_scale"] = torch.ones((), dtype=torch.float32, device=device) if static else None
@@ -151,7 +166,7 @@ class QLinear(nn.Module):
         out, columns = qtensor.codes.shape
         g_idx = qtensor.g_idx is not None
         module = cls.empty(columns, out, scheme, bias=bias is not None, g_idx=g_idx, dtype=dtype, device="meta")
-        values = {_BUFFERS[key]: value for key, value in store(qtensor).items()}
+        values = {BUFFERS[key]: value for key, value in store(qtensor).items()}
         device = qtensor.codes.device
         values["bias"] = None if bias is None else bias.to(device, dtype, copy=True)
         for key, value, kind in (("input_scale", input_scale, torch.float32), ("input_zero", input_zero, torch.int32)):
@@ -166,6 +181,12 @@ class QLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]` of x's dtype."""
+        if self.part is not None:
+            return self.part(x)
+        if self.kernel:
+            prepared = [self._buffers.get(name) for name in self.layout]
+            inputs = self.bias, self.input_scale, self.input_zero
+            return KERNELS[self.kernel].call(x, prepared, *inputs, *self._settings)
         codes, scale, bias = self.weight_codes, self.weight_scale, self.bias
         quantized = self._x_grid, self._per_tensor
         if self.op == "int8_linear":
@@ -185,22 +206,137 @@ class QLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, float32 `[out, in]`."""
-        stored = self.weight_codes, self.weight_scale, self.weight_zero, self.g_idx
-        return dequantize(*stored, bits=self._bits, columns=self.in_features, signed=self._signed)
+        weight = [self.stored()[key] for key in BUFFERS]
+        return dequantize(*weight, bits=self._bits, columns=self.in_features, signed=self._signed)  # type: ignore[arg-type]
 
     def qtensor(self) -> QTensor:
         """The weight as it was given to `from_qtensor`."""
-        stored = {key: getattr(self, name) for key, name in _BUFFERS.items()}
-        return restore(stored, self.scheme.weight, self.in_features)
+        return restore(dict(self.stored()), self.scheme.weight, self.in_features)
+
+    def stored(self) -> Stored:
+        """The weight as `store` gives it, whatever the layout is in which it is kept; to be read only."""
+        if self.part is not None:
+            return self.part.stored()
+        if self.kernel:
+            prepared = {name.removeprefix(_PREPARED): self._buffers.get(name) for name in self.layout}
+            return KERNELS[self.kernel].restore(prepared, self.scheme, self.in_features, self.out_features)
+        return {key: getattr(self, name) for key, name in BUFFERS.items()}
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the weight is in this module, in the layout in which it is saved."""
+        return self.part is None and not self.kernel
+
+    def use_kernel(self, name: str) -> None:
+        """Gives the weight the layout of a kernel of `KERNELS`, or with "" its stored one.
+
+        Raises:
+            KernelError: the kernel does not take it, or another linear holds the weight.
+        """
+        if self.part is not None:
+            raise KernelError("lower: a merged linear holds this weight; choose the kernel of that one")
+        stored, device = self.stored(), self.device
+        if name:
+            sizes = self.in_features, self.out_features
+            if reason := KERNELS[name].supports(self.scheme, *sizes, self.has_g_idx):
+                raise KernelError(f"lower: {reason}")
+            prepared = KERNELS[name].prepare(stored, self.scheme, self.in_features)
+            if (order := stored["g_idx"]) is not None:  # groups of unequal sizes would not come back
+                back = KERNELS[name].restore(prepared, self.scheme, *sizes)["g_idx"]
+                if back is None or not torch.equal(back, order):
+                    raise KernelError(f"lower: {name} takes no groups of unequal sizes")
+            self.take_weight()
+            for key, tensor in prepared.items():
+                if tensor is not None:
+                    self.register_buffer(_PREPARED + key, tensor.to(device), persistent=False)
+            self.kernel, self.layout = name, tuple(_PREPARED + key for key in prepared)
+            self._settings = KERNELS[name].settings(self.scheme, *sizes)
+        elif self.kernel:
+            self.take_weight()
+            self.put_weight(stored)
+
+    def take_weight(self) -> None:
+        """Leaves the module without its weight, in whatever layout."""
+        for name in (*BUFFERS.values(), *self.layout):
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        self.kernel, self.layout, self._settings = "", (), ()
+
+    def put_weight(self, stored: Stored) -> None:
+        """Gives a module without its weight one, as `store` gives it."""
+        rest = {name: self._buffers.pop(name) for name in list(self._buffers)}
+        for key, name in BUFFERS.items():
+            if (value := stored[key]) is None:
+                setattr(self, name, None)
+            else:
+                self.register_buffer(name, value)
+        self._buffers.update(rest)  # behind the weight, as ever
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        if self.part is not None:
+            return self.part.device
+        first = self.layout[0] if self.kernel else BUFFERS["codes"]
+        return self.get_buffer(first).device
 
     def extra_repr(self) -> str:
         """The line of `print(model)`."""
         size = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{size}, scheme={scheme_label(self.scheme)}, op={self.op}"
+        fast = f", kernel={self.kernel}" if self.kernel else ""
+        merged = ", merged" if self.part is not None else ""
+        return f"{size}, scheme={scheme_label(self.scheme)}, op={self.op}{fast}{merged}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self.as_stored:
+            stored = self.stored()
+            for key, name in BUFFERS.items():
+                if (value := stored[key]) is not None:
+                    destination[prefix + name] = value
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        def load(given: Any) -> None:
+            rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            super(QLinear, self)._load_from_state_dict(given, prefix, *rest)
+
+        if self.as_stored:
+            return load(state_dict)
+        shape = self.out_features, self.in_features
+        wanted = {
+            k: v for k, v in empty_store(self.scheme.weight, shape, self.has_g_idx, "meta").items() if v is not None
+        }
+        new = {key: t for key in wanted if (t := state_dict.get(prefix + BUFFERS[key])) is not None}
+        missing_keys += [prefix + BUFFERS[key] for key in wanted if key not in new] if strict else []
+        own = {prefix + BUFFERS[key] for key in wanted}
+        load({k: v for k, v in state_dict.items() if k not in own})
+        stored = dict(self.stored())
+        for key, value in new.items():
+            if value.shape != wanted[key].shape:
+                has, need = tuple(value.shape), tuple(wanted[key].shape)
+                error_msgs.append(f"size mismatch for {prefix}{BUFFERS[key]}: {has} in the state dict, {need} here")
+            else:
+                stored[key] = value.to(self.device, wanted[key].dtype)
+        if self.part is not None:
+            self.part.load(stored, error_msgs)
+        elif new:
+            prepared = KERNELS[self.kernel].prepare(stored, self.scheme, self.in_features)
+            for key, tensor in prepared.items():  # in place: a captured CUDA graph reads the same memory
+                if tensor is not None:
+                    self.get_buffer(_PREPARED + key).copy_(tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
         kept = {id(b) for name, b in self._buffers.items() if name != "bias"}
         # what fn does to the dtype of a float tensor, without a tensor to lose
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         super()._apply(lambda t: apply_to_bits(fn, t) if id(t) in kept else fn(t), recurse)
         return self

@@ -1,0 +1,72 @@
+"""Recognizes an activation function by what it computes: ops between two values are run on numbers, and compared."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from qfx.kernels.int8_gemm import ACTIVATIONS
+from qfx.passes.lower._rewrite import is_call
+
+aten = torch.ops.aten
+_POINTWISE = {
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar, aten.pow.Tensor_Scalar),
+    *(aten.neg.default, aten.square.default, aten.tanh.default, aten.sigmoid.default, aten.erf.default),
+    *(aten.exp.default, aten.relu.default, aten.silu.default, aten.gelu.default, aten.clamp.default),
+    *(aten.clamp_min.default, aten.reciprocal.default, aten.abs.default, aten.hardtanh.default),
+}
+_MOST = 12
+"""Ops that a function may be spelled out in."""
+_TOLERANCE = 1e-6
+"""The two common forms of gelu are 5e-4 apart."""
+
+
+class Activation(NamedTuple):
+    """`y = f(x)`: x, the name of f, and the nodes that compute it, y among them."""
+
+    x: fx.Node
+    name: str
+    nodes: set[fx.Node]
+
+
+def find_activation(y: Any) -> Activation | None:
+    """The activation function of which a value is the result, whichever ops spell it out."""
+    inside: set[fx.Node] = set()
+    ends = {y} if isinstance(y, fx.Node) else set()
+    while ends and len(inside) < _MOST:
+        node = max(ends)
+        if not is_call(node, *_POINTWISE):
+            return None
+        ends.remove(node)
+        inside.add(node)
+        ends |= set(node.all_input_nodes)
+        if len(ends) == 1:
+            (x,) = ends
+            if (name := _name(sorted(inside), x)) is not None:
+                return Activation(x, name, inside)
+    return None
+
+
+def activation_of(x: fx.Node) -> tuple[fx.Node, str] | None:
+    """The result, and the name, of an activation function of x, if nothing else reads x."""
+    behind = [x]
+    for y in behind:  # grows
+        if y is not x and (found := find_activation(y)) is not None and found.x is x:
+            within = all(set(n.users) <= found.nodes for n in (found.nodes | {x}) - {y})
+            return (y, found.name) if within else None
+        behind += [u for u in sorted(y.users) if u not in behind and is_call(u, *_POINTWISE)]
+        if len(behind) > _MOST + 1:
+            break
+    return None
+
+
+def _name(nodes: list[fx.Node], x: fx.Node) -> str | None:
+    points = torch.linspace(-8, 8, 321, dtype=torch.float64)
+    env: dict[fx.Node, Tensor] = {x: points}
+    for node in nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    known = ((name, f(points)) for name, f in ACTIVATIONS.items() if name)
+    return next((name for name, want in known if (env[nodes[-1]] - want).abs().max() < _TOLERANCE), None)

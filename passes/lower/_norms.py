@@ -1,0 +1,127 @@
+"""Finds normalizations over the last axis in a graph, as one op or spelled out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qfx.passes.lower._rewrite import arguments, is_call, is_constant, sole_user, value
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Norm:
+    """`y = norm(x) · gain + bias`.
+
+    Attributes:
+        x: what is normalized.
+        y: the result.
+        first: the earliest of the nodes that compute it, after x.
+        gain: a value of one axis that depends on parameters only, or None.
+        bias: likewise.
+        eps: added to the mean square.
+        center: whether the mean is subtracted first.
+        cast_first: whether the normalized value is rounded to x's dtype before the gain.
+        spelled: whether several ops compute it.
+    """
+
+    x: fx.Node
+    y: fx.Node
+    first: fx.Node
+    gain: fx.Node | None
+    bias: fx.Node | None
+    eps: float
+    center: bool
+    cast_first: bool
+    spelled: bool
+
+
+def find_norms(graph: fx.Graph) -> list[Norm]:
+    """Every normalization whose result has the dtype of its input, in order."""
+    found = []
+    for node in graph.nodes:
+        if is_call(node, aten.layer_norm.default, aten.rms_norm.default):
+            norm = _one_op(node)
+        else:
+            norm = _spelled(node) if is_call(node, aten.rsqrt.default) else None
+        if norm is not None:
+            a, b = value(norm.x), value(norm.y)
+            if a is not None and b is not None and a.dtype == b.dtype:
+                found.append(norm)
+    return found
+
+
+def _one_op(node: fx.Node) -> Norm | None:
+    args = arguments(node)
+    if len(args["normalized_shape"]) != 1 or args["eps"] is None:
+        return None
+    center = node.target == aten.layer_norm.default
+    return Norm(
+        args["input"],
+        node,
+        node,
+        args["weight"],
+        args.get("bias"),
+        args["eps"],
+        center,
+        cast_first=False,
+        spelled=False,
+    )
+
+
+def _spelled(root: fx.Node) -> Norm | None:
+    """From `rsqrt(mean(f²) + eps)`: backwards to f, and forwards to the last op with a gain or a cast."""
+    added = root.args[0]
+    if not is_call(added, aten.add.Tensor, aten.add.Scalar) or not isinstance(added.args[1], float):  # type: ignore[union-attr]
+        return None
+    mean, eps = added.args  # type: ignore[union-attr]
+    if not is_call(mean, aten.mean.dim) or not _over_last_axis(mean):  # type: ignore[arg-type]
+        return None
+    square = mean.args[0]  # type: ignore[union-attr]
+    f = _squared(square)
+    scaled = sole_user(root)
+    if f is None or not is_call(scaled, aten.mul.Tensor) or set(scaled.all_input_nodes) != {f, root}:  # type: ignore[union-attr]
+        return None
+    assert scaled is not None
+    x = f.args[0] if is_call(f, aten.to.dtype) and _dtype(f) == torch.float32 else f
+    assert isinstance(x, fx.Node)
+    y, gain, bias, cast_first, casts = scaled, None, None, False, _dtype(scaled) != _dtype(x)
+    while (user := sole_user(y)) is not None:
+        other = next((a for a in user.args if a is not y), None)
+        if is_call(user, aten.to.dtype, aten.type_as.default) and user.args[0] is y and _dtype(user) == _dtype(x):
+            cast_first, casts = cast_first or (casts and gain is None), False
+        elif gain is None and is_call(user, aten.mul.Tensor) and _per_channel(other, x):
+            gain = other
+        elif gain is not None and bias is None and is_call(user, aten.add.Tensor) and _per_channel(other, x):
+            bias = other
+        else:
+            break
+        y = user
+    return Norm(x, y, square if f is x else f, gain, bias, eps, False, cast_first, spelled=True)  # type: ignore[arg-type]
+
+
+def _squared(node: Any) -> fx.Node | None:
+    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
+        return node.args[0]
+    if is_call(node, aten.square.default) or (is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]):
+        return node.args[0]
+    return None
+
+
+def _over_last_axis(mean: fx.Node) -> bool:
+    args, source = arguments(mean), value(mean.args[0])
+    return bool(args["keepdim"]) and source is not None and list(args["dim"]) in ([-1], [source.dim() - 1])
+
+
+def _per_channel(node: Any, x: fx.Node) -> bool:
+    v, like = value(node), value(x)
+    return is_constant(node) and v is not None and like is not None and v.shape == like.shape[-1:]
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    v = value(node)
+    return None if v is None else v.dtype

@@ -1,0 +1,119 @@
+"""What rewrites of a graph share: reading an op's arguments by name, putting in an op, counting what computes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qfx.core.graph import layer_path
+from qfx.core.report import Miss
+
+aten = torch.ops.aten
+_VIEWS = {
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default),
+    *(aten.t.default, aten.slice.Tensor, aten.select.int, aten.expand.default, aten.unsqueeze.default),
+    *(aten.squeeze.dim, aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int),
+    *(aten.alias.default, aten.detach.default, aten.flatten.using_ints, aten.unflatten.int, aten.sym_size.int),
+}
+
+
+@dataclass
+class Rewritten:
+    """What one rewrite did.
+
+    Attributes:
+        name: of the rewrite.
+        changed: places that it rewrote.
+        before: ops that compute, before it.
+        after: and behind it.
+        misses: places that it left, and why.
+    """
+
+    name: str
+    changed: int = 0
+    before: int = 0
+    after: int = 0
+    misses: list[Miss] = field(default_factory=list)
+
+
+def count_ops(graph: fx.Graph) -> int:
+    """Ops that compute something: calls, but for views and numbers."""
+    calls = (n for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload))
+    return sum(n.target not in _VIEWS for n in calls)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether a node calls one of these functions."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an op by name, with its defaults."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
+
+
+def value(node: Any) -> Tensor | None:
+    """The tensor that a node had at capture, without values."""
+    found = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return found if isinstance(found, Tensor) else None
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two nodes are tensors of one shape and dtype."""
+    x, y = value(a), value(b)
+    return x is not None and y is not None and x.dtype == y.dtype and list(map(str, x.shape)) == list(map(str, y.shape))
+
+
+def emit(graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node) -> fx.Node:
+    """Puts in a call at the graph's insertion point; it belongs to the module in which `like` was computed."""
+    node = graph.call_function(target, tuple(args))
+    node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    vals = fx.map_arg(node.args, lambda n: n.meta.get("val"))
+    node.meta["val"] = target(*vals)
+    return node
+
+
+def part(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    """One of the results of a call."""
+    return emit(graph, operator.getitem, (node, index), node)
+
+
+def sole_user(node: fx.Node) -> fx.Node | None:
+    """The only node that reads a value."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def is_constant(node: Any) -> bool:
+    """Whether a value depends on parameters and buffers only."""
+    if not isinstance(node, fx.Node) or node.op == "placeholder":
+        return False
+    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes)))
+
+
+def hoist(node: Any, before: fx.Node) -> None:
+    """Moves a constant, and what it is computed from, in front of a node."""
+    if isinstance(node, fx.Node) and not node < before:
+        for source in node.all_input_nodes:
+            hoist(source, before)
+        before.prepend(node)
+
+
+def where(node: fx.Node) -> str:
+    """The layer in which a node was computed, or the node's own name."""
+    return layer_path(node) or node.name
+
+
+def op_name(node: Any) -> str:
+    """A short name of what a node calls."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return "output" if isinstance(node, fx.Node) and node.op == "output" else "an input"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name).rpartition("::")[2]
+    return getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,288 @@
+"""Rewrites of a quantized model's graph: values are quantized once, by the op that makes them; products end in one op.
+
+Each takes a graph of opaque `qfx::` ops, as a capture of the lowered model gives it, edits it in place, and says what
+it did and, for every place that it left, why. In float32 most give the same bits; in low precision a value that had
+been rounded between two ops is rounded once, so that a code may be the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from qfx.core.report import Miss
+from qfx.kernels import (  # noqa: F401 (their import registers the ops)
+    fp8_gemm,
+    gated_quantize,
+    int8_gemm,
+    norm_quantize,
+    quantize_rows,
+    w4a8_linear,
+)
+from qfx.passes.lower._activations import activation_of, find_activation
+from qfx.passes.lower._norms import Norm, find_norms
+from qfx.passes.lower._rewrite import (
+    Rewritten,
+    alike,
+    arguments,
+    count_ops,
+    emit,
+    hoist,
+    is_call,
+    op_name,
+    part,
+    sole_user,
+    value,
+    where,
+)
+
+aten, ops = torch.ops.aten, torch.ops.qfx
+QUANTIZE = ops.quantize_rows.default
+NORM, GATED = ops.norm_quantize.default, ops.gated_quantize.default
+GEMMS = {ops.int8_linear.default: ops.int8_gemm.default, ops.fp8_linear.default: ops.fp8_gemm.default}
+
+Report = Callable[[fx.Node, str], None]
+
+
+def quantize_apart(graph: fx.Graph, miss: Report) -> int:
+    """A linear that quantizes its input becomes `quantize_rows` and a product of codes."""
+    done = 0
+    for node in list(graph.nodes):
+        if is_call(node, ops.w4a8_linear.default):
+            done += _grouped_apart(graph, node, miss)
+            continue
+        if not is_call(node, *GEMMS):
+            continue
+        a, x = arguments(node), value(node.args[0])
+        if x is None or x.dtype not in int8_gemm.OUT_DTYPES:
+            miss(node, "its input has a dtype that no product of codes returns")
+        elif a["per_tensor"] and a["x_scale"] is None:
+            miss(node, "its input has one dynamic scale for all tokens")
+        elif a.get("x_zero") is not None or a["x_grid"].startswith("u"):
+            miss(node, "its input has a zero point")
+        else:
+            with graph.inserting_before(node):
+                quantized = emit(graph, QUANTIZE, (a["x"], a["x_grid"], a["x_scale"], None), node)
+                codes, scale = part(graph, quantized, 0), part(graph, quantized, 1)
+                weight = a["codes"], a["w_scale"], a["bias"]
+                product = emit(graph, GEMMS[node.target], (codes, scale, *weight, None, "", x.dtype), node)
+            _replace(graph, node, product)
+            done += 1
+    return done
+
+
+def _grouped_apart(graph: fx.Graph, node: fx.Node, miss: Report) -> bool:
+    """The same for weights in tiles, whose product takes codes as rows."""
+    a, x = arguments(node), value(node.args[0])
+    if x is None or a["order"] is not None:
+        miss(node, "the columns of its input are reordered")
+        return False
+    with graph.inserting_before(node):
+        quantized = emit(graph, QUANTIZE, (a["x"], a["x_grid"], None, None), node)
+        parts = [part(graph, quantized, i) for i in (0, 1)]
+        sizes = [emit(graph, aten.sym_size.int, (parts[0], i), node) for i in range(x.dim() - 1)]
+        codes, scale = (emit(graph, aten.flatten.using_ints, (p, 0, -2), node) for p in parts)
+        weight = (a[key] for key in ("tiles", "scale", "zero", "bias", "out_features", "group"))
+        product = emit(graph, ops.w4a8_gemm.default, (codes, scale, *weight, x.dtype), node)
+        shaped = emit(graph, aten.reshape.default, (product, [*sizes, a["out_features"]]), node)
+    _replace(graph, node, shaped)
+    return True
+
+
+def share_codes(graph: fx.Graph, miss: Report) -> int:
+    """Linears that read one value on one grid read the same codes."""
+    seen: dict[Any, fx.Node] = {}
+    done = 0
+    for node in list(graph.nodes):
+        if is_call(node, QUANTIZE):
+            key = tuple(arguments(node).values())
+            if (known := seen.setdefault(key, node)) is not node:
+                _merge_parts(graph, known, node)
+                done += 1
+    values: dict[Any, list[fx.Node]] = {}
+    for node in seen.values():
+        values.setdefault(node.args[0], []).append(node)
+    for several in values.values():
+        for node in several[1:]:
+            miss(node, f"reads what {where(several[0])} reads, but on another grid or scale")
+    return done
+
+
+def quantize_gated(graph: fx.Graph, miss: Report) -> int:
+    """`quantize_rows(act(gate) · up)` becomes one op, and so does `quantize_rows(act(gate))`."""
+    done = 0
+    for node in list(graph.nodes):
+        if not is_call(node, QUANTIZE):
+            continue
+        a = arguments(node)
+        found = _gated(a["x"])
+        if isinstance(found, str):
+            if found:
+                miss(node, found)
+            continue
+        gate, up, act = found
+        with graph.inserting_before(node):
+            fused = emit(graph, GATED, (gate, up, act, a["x_grid"], a["x_scale"], a["x_zero"]), node)
+        _replace(graph, node, fused)
+        graph.eliminate_dead_code()
+        done += 1
+    return done
+
+
+def end_products(graph: fx.Graph, miss: Report) -> int:
+    """An activation function and a residual sum behind a product of codes become its last steps."""
+    done = 0
+    for node in list(graph.nodes):
+        if not is_call(node, *GEMMS.values()):
+            continue
+        args, y = dict(zip(_GEMM_ARGUMENTS, node.args, strict=True)), node
+        if found := activation_of(node):
+            y, args["activation"] = found
+        user = sole_user(y)
+        if user is not None and (other := _summand(user, y)) is not None:
+            args["residual"], y = other, user
+        if y is node:
+            miss(node, _why_no_end(node))
+            continue
+        with graph.inserting_before(y):
+            product = emit(graph, node.target, tuple(args.values()), node)
+        _replace(graph, y, product)
+        graph.eliminate_dead_code()
+        done += 1
+    return done
+
+
+def quantize_norms(graph: fx.Graph, miss: Report) -> int:
+    """A norm gives codes itself, and takes the residual sum in front of it in."""
+    done = 0
+    for norm in reversed(find_norms(graph)):  # what one replaces, those before it do not read
+        readers = [u for u in norm.y.users if is_call(u, QUANTIZE)]
+        summed = _residual(norm, miss)
+        if not readers and summed is None and not norm.spelled:
+            miss(norm.y, "no quantized linear reads it, and there is no residual sum in front of it")
+            continue
+        a = arguments(readers[0]) if readers else {"x_grid": "", "x_scale": None, "x_zero": None}
+        same = [r for r in readers if tuple(arguments(r).values()) == tuple(a.values())]
+        others = [u for u in norm.y.users if u not in same]
+        x, residual = summed or (norm.x, None)
+        with graph.inserting_before(norm.first):
+            for constant in (norm.gain, norm.bias, a["x_scale"], a["x_zero"]):
+                hoist(constant, norm.first)
+            settings = norm.eps, norm.center, norm.cast_first
+            grid = a["x_grid"], a["x_scale"], a["x_zero"]
+            fused = emit(graph, NORM, (x, residual, norm.gain, norm.bias, *settings, *grid, bool(others)), norm.y)
+            if others:
+                y = part(graph, fused, 2)
+                norm.y.replace_all_uses_with(y, delete_user_cb=others.__contains__)
+            if summed is not None:
+                total = part(graph, fused, 3)
+                after = [user for user in norm.x.users if user is not fused]
+                norm.x.replace_all_uses_with(total, delete_user_cb=after.__contains__)
+        for reader in same:
+            _merge_parts(graph, fused, reader)
+        graph.eliminate_dead_code()
+        done += 1
+    return done
+
+
+def left_alone(graph: fx.Graph, miss: Report) -> int:
+    """Rewrites nothing: says of each input that is still quantized by an op of its own where it comes from."""
+    for node in graph.nodes:
+        if is_call(node, QUANTIZE):
+            miss(node, f"its input is quantized by itself: it comes from {op_name(node.args[0])!r}")
+    return 0
+
+
+REWRITES: dict[str, Callable[[fx.Graph, Report], int]] = {
+    "quantize apart": quantize_apart,
+    "share codes": share_codes,
+    "quantize gated products": quantize_gated,
+    "end products": end_products,
+    "quantize norms": quantize_norms,
+    "left alone": left_alone,
+}
+"""In the order in which they run."""
+
+
+def rewrite(graph: fx.Graph) -> list[Rewritten]:
+    """Runs all rewrites on a graph, in place."""
+    done = []
+    for name, function in REWRITES.items():
+        result = Rewritten(name, before=count_ops(graph))
+
+        def miss(node: fx.Node, why: str, result: Rewritten = result) -> None:
+            result.misses.append(Miss(where(node), why, result.name))
+
+        result.changed = function(graph, miss)
+        graph.eliminate_dead_code()
+        graph.lint()
+        result.after = count_ops(graph)
+        done.append(result)
+    return done
+
+
+_GEMM_ARGUMENTS = ("x_codes", "x_scale", "codes", "w_scale", "bias", "residual", "activation", "out_dtype")
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    if not old.users:
+        graph.erase_node(old)
+
+
+def _merge_parts(graph: fx.Graph, kept: fx.Node, old: fx.Node) -> None:
+    """The readers of one call's codes and scales read another's."""
+    for getitem in list(old.users):
+        index = getitem.args[1]
+        assert isinstance(index, int)
+        with graph.inserting_after(kept):
+            getitem.replace_all_uses_with(part(graph, kept, index))
+        graph.erase_node(getitem)
+    graph.erase_node(old)
+
+
+def _gated(x: fx.Node) -> tuple[fx.Node, fx.Node | None, str] | str:
+    """Gate, up and function of a value that is about to be quantized; or why not ("" if it is nothing like that)."""
+    found = find_activation(x)
+    pair = None if found is None else (found.x, None, found.name)
+    if pair is None and is_call(x, aten.mul.Tensor) and len(x.all_input_nodes) == 2:
+        for left, up in (x.all_input_nodes, x.all_input_nodes[::-1]):
+            found = find_activation(left)
+            if pair is None and found is not None and alike(found.x, up) and alike(x, up):
+                pair = found.x, up, found.name  # type: ignore[assignment]
+    if pair is not None and len(x.users) > 1:
+        return f"{op_name(x)!r} is read {len(x.users)} times"
+    return pair or ""
+
+
+def _summand(node: fx.Node, y: fx.Node) -> fx.Node | None:
+    """What a sum adds to y, if it is a tensor like it."""
+    if not is_call(node, aten.add.Tensor) or node.kwargs:
+        return None
+    other = next((a for a in node.args if a is not y), None)
+    return other if isinstance(other, fx.Node) and alike(other, y) and alike(node, y) else None
+
+
+def _why_no_end(node: fx.Node) -> str:
+    user = sole_user(node)
+    if user is None:
+        return f"its product is read {len(node.users)} times"
+    return f"its product goes to {op_name(user)!r}"
+
+
+def _residual(norm: Norm, miss: Report) -> tuple[fx.Node, fx.Node] | None:
+    """The two summands of a norm's input, if the norm can compute the sum."""
+    x = norm.x
+    if not is_call(x, aten.add.Tensor) or x.kwargs or len(x.all_input_nodes) != 2:
+        return None
+    a, b = x.all_input_nodes
+    if not (alike(a, b) and alike(a, x)):
+        miss(x, "the summands in front of the norm differ in shape or dtype")
+        return None
+    if early := next((u for u in x.users if u < norm.first), None):
+        miss(x, f"the sum in front of the norm is read before it, by {op_name(early)!r}")
+        return None
+    return a, b

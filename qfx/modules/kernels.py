@@ -1,0 +1,147 @@
+"""Which kernel computes a quantized linear, and in which layout it reads the weight.
+
+An op of `qfx.kernels` reads the weight as it is stored. A kernel of this table reads it in a layout of its own, which
+`prepare` makes and `restore` takes back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qfx.core.errors import KernelError
+from qfx.core.grid import Int
+from qfx.core.spec import Scheme, scheme_label
+from qfx.kernels import fp8_linear, int8_linear, w4a8_linear, w4a16_linear, wna16_linear, wnaq_linear
+from qfx.kernels.quantize_rows import grid_name
+
+Stored = Mapping[str, Tensor | None]
+"""A weight as `qfx.kernels.pack.store` gives it: `codes`, `scale`, `zero`, `g_idx`; or in a kernel's layout."""
+
+
+class Kernel(Protocol):
+    """A linear over a weight in a layout of its own."""
+
+    def supports(self, scheme: Scheme, in_features: int, out_features: int, g_idx: bool) -> str | None:
+        """None if the kernel computes such a linear, otherwise the reason why not."""
+        ...
+
+    def prepare(self, stored: Stored, scheme: Scheme, in_features: int) -> Stored:
+        """The weight in the kernel's layout; shapes depend on the arguments' shapes only."""
+        ...
+
+    def restore(self, prepared: Stored, scheme: Scheme, in_features: int, out_features: int) -> Stored:
+        """What `prepare` was given, bit for bit."""
+        ...
+
+    def settings(self, scheme: Scheme, in_features: int, out_features: int) -> tuple[Any, ...]:
+        """What `call` needs beside tensors: plain values, found once."""
+        ...
+
+    def call(
+        self,
+        x: Tensor,
+        prepared: Sequence[Tensor | None],
+        bias: Tensor | None,
+        input_scale: Tensor | None,
+        input_zero: Tensor | None,
+        *settings: Any,
+    ) -> Tensor:
+        """`[..., in]` to `[..., out]`; `prepared` has the values of `prepare` in their order."""
+        ...
+
+
+class W4A16:
+    """`qfx::w4a16_linear`: weights of up to 4 bits, float activations."""
+
+    ops: Any = w4a16_linear
+
+    def supports(self, scheme: Scheme, in_features: int, out_features: int, g_idx: bool) -> str | None:
+        """As `Kernel` says."""
+        return self.ops.supports(scheme, in_features, g_idx)
+
+    def prepare(self, stored: Stored, scheme: Scheme, in_features: int) -> Stored:
+        """As `Kernel` says."""
+        return self.ops.prepare(dict(stored), **self._form(scheme), in_features=in_features)
+
+    def restore(self, prepared: Stored, scheme: Scheme, in_features: int, out_features: int) -> Stored:
+        """As `Kernel` says."""
+        sizes = {"in_features": in_features, "out_features": out_features}
+        stored = self.ops.restore(dict(prepared), **self._form(scheme), **sizes)
+        if scheme.weight.block[0] == -1:  # the kernel has one scale for each row
+            stored |= {key: t[:1] for key in ("scale", "zero") if (t := stored[key]) is not None}
+        return stored
+
+    def settings(self, scheme: Scheme, in_features: int, out_features: int) -> tuple[Any, ...]:
+        """As `Kernel` says."""
+        return out_features, scheme.weight.block[1]
+
+    def call(self, x: Tensor, prepared: Sequence[Tensor | None], bias: Tensor | None, *rest: Any) -> Tensor:
+        """As `Kernel` says."""
+        _input_scale, _input_zero, *settings = rest
+        return torch.ops.qfx.w4a16_linear(x, *prepared, bias, *settings)
+
+    def _form(self, scheme: Scheme) -> dict[str, Any]:
+        grid = scheme.weight.grid
+        return {"bits": grid.bits, "signed": isinstance(grid, Int) and grid.signed}
+
+
+class W4A8(W4A16):
+    """`qfx::w4a8_linear`: the same with activations of 8 bits, quantized for each token."""
+
+    ops = w4a8_linear
+
+    def settings(self, scheme: Scheme, in_features: int, out_features: int) -> tuple[Any, ...]:
+        """As `Kernel` says."""
+        assert scheme.input is not None
+        return out_features, scheme.weight.block[1], grid_name(scheme.input.grid)
+
+    def call(self, x: Tensor, prepared: Sequence[Tensor | None], bias: Tensor | None, *rest: Any) -> Tensor:
+        """As `Kernel` says."""
+        _input_scale, _input_zero, *settings = rest
+        return torch.ops.qfx.w4a8_linear(x, *prepared, bias, *settings)
+
+    def _form(self, scheme: Scheme) -> dict[str, Any]:
+        assert scheme.input is not None
+        return {**super()._form(scheme), "x_grid": grid_name(scheme.input.grid)}
+
+
+KERNELS: dict[str, Kernel] = {"w4a16_linear": W4A16(), "w4a8_linear": W4A8()}
+"""By preference: the first that supports a linear computes it."""
+
+OPS: dict[str, Any] = {
+    "int8_linear": int8_linear,
+    "fp8_linear": fp8_linear,
+    "wna16_linear": wna16_linear,
+    "wnaq_linear": wnaq_linear,
+}
+"""By preference, too; each reads the weight as it is stored."""
+
+
+def choose_op(scheme: Scheme, in_features: int, g_idx: bool = False) -> str:
+    """The name of the op that computes a linear of this scheme; KernelError with every op's reason if none does."""
+    reasons = {name: op.supports(scheme, in_features, g_idx) for name, op in OPS.items()}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    why = "; ".join(reason for reason in reasons.values() if reason)
+    raise KernelError(f"lower: no op computes {scheme_label(scheme)} on {in_features} channels ({why})")
+
+
+def choose_kernel(scheme: Scheme, in_features: int, out_features: int, g_idx: bool = False) -> tuple[str, str]:
+    """The name of the kernel, or op, that computes a linear fastest on a CUDA device, and why it is that one.
+
+    Raises:
+        KernelError: no op computes the scheme.
+    """
+    op = choose_op(scheme, in_features, g_idx)
+    refusals = []
+    for name, kernel in KERNELS.items():
+        reason = kernel.supports(scheme, in_features, out_features, g_idx)
+        if reason is None:
+            return name, "the weight is in this kernel's own layout"
+        refusals.append(reason)
+    return op, "; ".join(["the weight is read as it is stored", *refusals])

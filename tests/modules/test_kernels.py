@@ -1,0 +1,159 @@
+"""A weight in a kernel's own layout: the same values, the same `state_dict`, and no second copy."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qfx.core.errors import KernelError
+from qfx.core.spec import Scheme, parse_scheme
+from qfx.kernels.pack import dequantize
+from qfx.modules import kernels
+from qfx.modules.kernels import Stored, choose_kernel
+from qfx.modules.linear import BUFFERS, QLinear
+from tests.kernels.law import make_case
+
+
+class Reversed:
+    """Bytes of a row from last to first, scales transposed; what it refuses has nine outputs."""
+
+    def supports(self, scheme: Scheme, in_features: int, out_features: int, g_idx: bool) -> str | None:
+        if scheme.input is not None:
+            return "reversed: the input is quantized"
+        return "reversed: nine outputs" if out_features == 9 else None
+
+    def prepare(self, stored: Stored, scheme: Scheme, in_features: int) -> Stored:
+        codes, scale, zero = stored["codes"], stored["scale"], stored["zero"]
+        assert codes is not None and scale is not None
+        return {"bytes": codes.flip(-1), "t": scale.t().contiguous(), "z": zero, "order": stored["g_idx"]}
+
+    def restore(self, prepared: Stored, scheme: Scheme, in_features: int, out_features: int) -> Stored:
+        codes, scale = prepared["bytes"], prepared["t"]
+        assert codes is not None and scale is not None
+        whole = {"codes": codes.flip(-1), "scale": scale.t().contiguous()}
+        return {**whole, "zero": prepared["z"], "g_idx": prepared["order"]}
+
+    def settings(self, scheme: Scheme, in_features: int, out_features: int) -> tuple[Any, ...]:
+        return scheme.weight.grid.bits, in_features, scheme.weight.symmetric
+
+    def call(self, x: Tensor, prepared: Sequence[Tensor | None], bias: Tensor | None, *rest: Any) -> Tensor:
+        codes, scale, zero, g_idx = prepared
+        _, _, bits, columns, signed = rest
+        assert codes is not None and scale is not None
+        stored = codes.flip(-1), scale.t(), zero, g_idx
+        return torch.nn.functional.linear(x, dequantize(*stored, bits=bits, columns=columns, signed=signed), bias)
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "KERNELS", found := {"reversed": Reversed(), **kernels.KERNELS})
+    monkeypatch.setattr("qfx.modules.linear.KERNELS", found)
+
+
+SCHEMES = ("W4A16_G16", "W3A16_ASYM_G16", "W8A16", "W4A16_TENSOR")
+KERNELS = {
+    "reversed": ((2, 5), 48, SCHEMES),
+    "w4a16_linear": ((2, 5), 64, ("W4A16_G32", "W3A16_ASYM_G32", "W4A16_TENSOR")),
+}
+CASES = [(kernel, scheme) for kernel, (*_, schemes) in KERNELS.items() for scheme in schemes]
+
+
+def linear(kernel: str, scheme: str, out: int = 20) -> tuple[QLinear, Tensor]:
+    rows, columns, _ = KERNELS[kernel]
+    case = make_case(rows, columns, out, scheme)
+    return QLinear.from_qtensor(case.weight, case.bias, case.scheme, dtype=torch.float32), case.x
+
+
+def saved(module: QLinear) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    alike = all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype and a[k].shape == b[k].shape for k in a)
+    return list(a) == list(b) and alike
+
+
+@pytest.mark.parametrize(("kernel", "scheme"), CASES)
+@torch.no_grad()
+def test_only_the_layout_changes(kernel: str, scheme: str) -> None:
+    module, x = linear(kernel, scheme)
+    want, state, weight = module(x), saved(module), module.qtensor()
+    module.use_kernel(kernel)
+    assert module.kernel == kernel and not set(module._buffers) & set(BUFFERS.values())
+    torch.testing.assert_close(module(x), want)
+    assert same(saved(module), state)
+    assert torch.equal(module.qtensor().codes, weight.codes) and torch.equal(module.qtensor().scale, weight.scale)
+    assert torch.equal(module.weight, weight.dequantize())
+    module.use_kernel("")
+    assert module.as_stored and list(module._buffers) == list(state) and same(saved(module), state)
+    assert torch.equal(module(x), want) and not module.layout and not module._non_persistent_buffers_set
+
+
+@pytest.mark.parametrize(("kernel", "scheme"), CASES)
+@torch.no_grad()
+def test_a_state_dict_loads_into_a_kernel_s_layout(kernel: str, scheme: str) -> None:
+    module, x = linear(kernel, scheme)
+    other, _ = linear(kernel, scheme)
+    other.weight_codes.copy_(other.weight_codes.flip(0))
+    other.weight_scale.mul_(2)
+    other.bias.add_(1)
+    want, state = other(x), saved(other)
+    module.use_kernel(kernel)
+    memory = {name: t.data_ptr() for name, t in module._buffers.items()}
+    assert str(module.load_state_dict(state)) == "<All keys matched successfully>"
+    assert same(saved(module), state)
+    torch.testing.assert_close(module(x), want)
+    assert {name: t.data_ptr() for name, t in module._buffers.items()} == memory
+
+
+def test_what_does_not_fit_is_said() -> None:
+    module, _ = linear("reversed", "W4A16_G16")
+    state = saved(module)
+    module.use_kernel("reversed")
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_scale"):
+        module.load_state_dict({k: v for k, v in state.items() if k != "weight_scale"})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_zero"):
+        module.load_state_dict({**state, "weight_zero": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight_codes: \(3, 24\) in the state dict, \(20, 24\)"):
+        module.load_state_dict({**state, "weight_codes": torch.zeros(3, 24, dtype=torch.uint8)})
+    assert same(saved(module), state)
+    with pytest.raises(KernelError, match="nine outputs"):
+        linear("reversed", "W4A16_G16", out=9)[0].use_kernel("reversed")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@torch.no_grad()
+def test_casts_moves_and_copies(kernel: str) -> None:
+    module, x = linear(kernel, KERNELS[kernel][2][0])
+    module.use_kernel(kernel)
+    state, want = saved(module), module(x)
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(x), want)
+    twin.to(torch.bfloat16)
+    assert twin.dtype == torch.bfloat16 == twin.bias.dtype and twin.device.type == "cpu"
+    assert all(torch.equal(v, state[k]) for k, v in saved(twin).items() if k != "bias")
+    assert module.dtype == torch.float32 and torch.equal(module(x), want)
+    assert module.to("meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@torch.no_grad()
+def test_compiles_without_a_graph_break(kernel: str, backend: str) -> None:
+    module, x = linear(kernel, KERNELS[kernel][2][0])
+    module.use_kernel(kernel)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(module, fullgraph=True, backend=backend)(x), module(x))
+
+
+def test_the_choice_has_a_reason() -> None:
+    assert choose_kernel(parse_scheme("W4A16_G16"), 48, 20)[0] == "reversed"
+    name, why = choose_kernel(parse_scheme("W4A16_G16"), 48, 9)
+    assert name == "wna16_linear" and "as it is stored; reversed: nine outputs; w4a16_linear: groups of 16" in why
+    name, why = choose_kernel(parse_scheme("W8A8"), 48, 20)
+    assert name == "int8_linear" and "reversed: the input is quantized" in why
+    with pytest.raises(KernelError, match="does not divide"):
+        choose_kernel(parse_scheme("W4A16"), 48, 20)
