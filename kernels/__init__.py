@@ -4,25 +4,37 @@ Importing the package registers the ops as `torch.ops.qfx.*`; it does nothing el
 """
 
 from qfx.kernels import (
+    fp8_gemm,
     fp8_linear,
     gated_quantize,
     hadamard,
+    int8_gemm,
     int8_linear,
+    int8_outlier_linear,
+    nf4_linear,
     norm_quantize,
     pack,
     quantize_rows,
+    w4a8_linear,
+    w4a16_linear,
     wna16_linear,
     wnaq_linear,
 )
 
 __all__ = [
+    "fp8_gemm",
     "fp8_linear",
     "gated_quantize",
     "hadamard",
+    "int8_gemm",
     "int8_linear",
+    "int8_outlier_linear",
+    "nf4_linear",
     "norm_quantize",
     "pack",
     "quantize_rows",
+    "w4a8_linear",
+    "w4a16_linear",
     "wna16_linear",
     "wnaq_linear",
 ]

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qfx.kernels.gpu import rowwise, tune
-from qfx.kernels.gpu.launch import Launcher
+from qfx.kernels.gpu.launch import Launcher, capability
+from qfx.kernels.gpu.pdl import launch_next, wait_for_previous
 from qfx.kernels.gpu.rowwise import Tile, quantize_tile, round_to, rounded, sigmoid
 
 
@@ -42,8 +43,9 @@ def _value(gate, up, g_at, u_at, mask, ACT: tl.constexpr, POLICY: tl.constexpr):
 def _kernel(
     gate, up, codes, scale, x_scale, x_zero, tokens, g_stride, u_stride,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACT: tl.constexpr, KIND: tl.constexpr,
-    LO: tl.constexpr, HI: tl.constexpr, REACH: tl.constexpr, CLAMP: tl.constexpr,
+    LO: tl.constexpr, HI: tl.constexpr, REACH: tl.constexpr, CLAMP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     row_mask = row < tokens
@@ -51,6 +53,7 @@ def _kernel(
     if D <= BLOCK:
         mask = row_mask[:, None] & (col < D)
         y = _value(gate, up, g_at + col, u_at + col, mask, ACT, "evict_first")
+        launch_next(PDL)
         if KIND == "":
             tl.store(codes + (out + col), round_to(y, codes.dtype.element_ty), mask=mask)
         else:
@@ -79,11 +82,12 @@ def _kernel(
 
 
 @functools.cache
-def _launcher(tile: Tile, columns: int, act: str, x_grid: str, dynamic: bool) -> Launcher:
+def _launcher(tile: Tile, columns: int, act: str, x_grid: str, dynamic: bool, pdl: bool) -> Launcher:
     grid = rowwise.grid_meta(x_grid, dynamic)
     return Launcher(
-        _kernel, D=columns, ROWS=tile.rows, BLOCK=tile.block, ACT=act, **grid, num_warps=tile.warps, num_stages=1
-    )
+        _kernel, D=columns, ROWS=tile.rows, BLOCK=tile.block, ACT=act, **grid, PDL=pdl,
+        num_warps=tile.warps, num_stages=1, launch_pdl=pdl,
+    )  # fmt: skip
 
 
 def gated_quantize(
@@ -114,10 +118,11 @@ def gated_quantize(
     scale = torch.empty((tokens, 1) if x_grid else (0,), dtype=torch.float32, device=gate.device)
     if tokens == 0:
         return codes, scale
+    pdl = capability(gate.device) >= 90
     rest = (codes, scale, x_scale, x_zero, tokens, gate.stride(0), 0 if up is None else up.stride(0))
 
     def run(tile: Tile, g: Tensor) -> None:
-        _launcher(tile, columns, act, x_grid, x_scale is None)((-(-tokens // tile.rows), 1, 1), g, up, *rest)
+        _launcher(tile, columns, act, x_grid, x_scale is None, pdl)((-(-tokens // tile.rows), 1, 1), g, up, *rest)
 
     if tile is None:
         bucket = tune.bucket(tokens)

@@ -14,8 +14,9 @@ import triton.language as tl
 
 from qfx.kernels.gpu.gemm8_config import Config, Operands, descriptor
 from qfx.kernels.gpu.gemm8_epilogue import add_outliers, put, scaled, shifted
-from qfx.kernels.gpu.launch import Launcher
+from qfx.kernels.gpu.launch import Launcher, capability
 from qfx.kernels.gpu.parts import counters, sum_parts
+from qfx.kernels.gpu.pdl import launch_next, wait_for_previous
 
 
 @triton.jit
@@ -51,7 +52,9 @@ def _skinny(
     INT8: tl.constexpr,
     PROMOTE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     pid = tl.program_id(0)
     tiles_t = tl.cdiv(M, BT)
     # tiles of the same weights next to each other: all but one read them from L2
@@ -88,6 +91,7 @@ def _skinny(
             x = tl.load(a + k * BK + x_at, wanted & inside, 0.0)
             acc = tl.dot(w, x.T, acc, max_num_imprecise_acc=PROMOTE, out_dtype=ACC)
 
+    launch_next(PDL)
     columns = (n * BN + tl.arange(0, BN))[:, None]
     rows = (t * BT + tl.arange(0, BT))[None, :]
     last_one = True
@@ -102,7 +106,7 @@ def _skinny(
 
 
 @cache
-def _launcher(config: Config, int8: bool, activation: str) -> Launcher:
+def _launcher(config: Config, int8: bool, activation: str, pdl: bool) -> Launcher:
     return Launcher(
         _skinny,
         num_warps=config.warps,
@@ -117,6 +121,8 @@ def _launcher(config: Config, int8: bool, activation: str) -> Launcher:
         # fp8 sums inside wgmma keep about 14 bits: add them up in float32 every so many products
         PROMOTE=None if int8 or not config.promote else min(config.promote, config.depth),
         ACTIVATION=activation,
+        PDL=pdl,
+        launch_pdl=pdl,
     )
 
 
@@ -134,7 +140,7 @@ def launch(config: Config, o: Operands) -> None:
     b: object = o.b
     if config.tma:
         a, b = descriptor(o.a, (config.tokens, config.depth)), descriptor(o.b, (config.channels, config.depth))
-    _launcher(config, o.int8, o.activation)(
+    _launcher(config, o.int8, o.activation, capability(o.a.device) >= 90)(
         (tiles * config.split, 1, 1),
         a,
         b,

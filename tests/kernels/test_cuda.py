@@ -4,11 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from qfx.core.spec import QSpec, parse_scheme
 from qfx.kernels import fp8_linear, int8_linear, quantize_rows, wna16_linear, wnaq_linear
+from qfx.kernels.quantize_rows import quantize_activation
 from tests.kernels import test_fp8_linear, test_int8_linear, test_wna16_linear, test_wnaq_linear
-from tests.kernels.law import DTYPES, make_case, violation
+from tests.kernels.gpu.test_gemm8 import lost
+from tests.kernels.law import DTYPES, Case, make_case, reference, violation
 
 pytestmark = pytest.mark.gpu
 RUNS = [
@@ -33,6 +36,16 @@ def sums_in_float32() -> Iterator[None]:
         setattr(flags, name, value)
 
 
+def violation_fp8(y: Tensor, case: Case) -> float:
+    """The law, and what Hopper drops when it adds products of float8."""
+    expected, bound = reference(case)
+    flat = case.x.reshape(-1, case.x.shape[-1])
+    codes, scale, _ = quantize_activation(flat, case.input["x_grid"], *case.static, case.input["per_tensor"])
+    dropped = lost(codes, case.weight.codes, 0) * scale.double() * case.weight.scale.double().reshape(1, -1)
+    rounding = 1 + torch.finfo(y.dtype).eps
+    return float(((y.double() - expected).abs() / (bound + rounding * dropped.reshape(y.shape))).max())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("module", "run"), RUNS, ids=lambda v: getattr(v, "__name__", ""))
 def test_law(module, run, dtype: torch.dtype) -> None:
@@ -42,6 +55,9 @@ def test_law(module, run, dtype: torch.dtype) -> None:
         if module.supports(parse_scheme(shape[3]), shape[1]):  # its group does not divide this size
             continue
         case = make_case(*shape, dtype)
+        if module is fp8_linear and case.x.numel():
+            assert violation_fp8(run(case.to("cuda")).cpu(), case) <= 1, shape
+            continue
         assert violation(run(case.to("cuda")).cpu(), case) <= 1, shape
 
 
