@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qfx.kernels.pack import empty_store
-from qfx.modules.linear import BUFFERS, QLinear
+from qfx.modules.linear import QLinear
 from qfx.modules.merged import Whole
 from qfx.modules.parameter import Slot, empty_parameter
+from qfx.modules.state import BUFFERS
 
 from ._manifest import DerivedEntry, LayerEntry, Manifest, ParameterEntry, TensorEntry
 from .core.errors import KernelError, PackageError
@@ -67,10 +67,8 @@ def named_tensors(model: nn.Module) -> Iterator[Named]:
 
 def _blanks(module: QLinear) -> dict[str, Tensor]:
     """Tensors like those of the stored weight, of which each has its own address and no two elements."""
-    shape = module.out_features, module.in_features
-    wanted = empty_store(module.scheme.weight, shape, module.has_g_idx, "meta")
-    like = {BUFFERS[key]: t for key, t in wanted.items() if t is not None}
-    return {leaf: torch.empty(1, dtype=t.dtype, device=module.device).expand(t.shape) for leaf, t in like.items()}
+    like = module.stored_names().items()
+    return {leaf: torch.empty(1, dtype=t.dtype, device=module.device).expand(t.shape) for leaf, t in like}
 
 
 def _stored_weight(module: QLinear, leaf: str) -> Tensor:

@@ -74,7 +74,7 @@ def _one_op(node: fx.Node) -> Norm | None:
 
 
 def _spelled(root: fx.Node) -> Norm | None:
-    """From `rsqrt(mean(f²) + eps)`: backwards to f, and forwards to the last op with a gain or a cast."""
+    """From `rsqrt(mean(f²) + eps)`: backwards to f, which may be centered, forwards to the last gain, bias or cast."""
     added = root.args[0]
     if not is_call(added, aten.add.Tensor, aten.add.Scalar) or not isinstance(added.args[1], float):  # type: ignore[union-attr]
         return None
@@ -87,8 +87,12 @@ def _spelled(root: fx.Node) -> Norm | None:
     if f is None or not is_call(scaled, aten.mul.Tensor) or set(scaled.all_input_nodes) != {f, root}:  # type: ignore[union-attr]
         return None
     assert scaled is not None
-    x = f.args[0] if is_call(f, aten.to.dtype) and _dtype(f) == torch.float32 else f
-    assert isinstance(x, fx.Node)
+    first, source = square, f
+    if center := _centered(f):
+        first, source = f.args[1], f.args[0]  # type: ignore[assignment]
+    x = source.args[0] if is_call(source, aten.to.dtype) and _dtype(source) == torch.float32 else source
+    assert isinstance(x, fx.Node) and isinstance(first, fx.Node)
+    first = first if source is x else source
     y, gain, bias, cast_first, casts = scaled, None, None, False, _dtype(scaled) != _dtype(x)
     while (user := sole_user(y)) is not None:
         other = next((a for a in user.args if a is not y), None)
@@ -101,7 +105,7 @@ def _spelled(root: fx.Node) -> Norm | None:
         else:
             break
         y = user
-    return Norm(x, y, square if f is x else f, gain, bias, eps, False, cast_first, spelled=True)  # type: ignore[arg-type]
+    return Norm(x, y, first, gain, bias, eps, center, cast_first, spelled=True)  # type: ignore[arg-type]
 
 
 def _squared(node: Any) -> fx.Node | None:
@@ -110,6 +114,12 @@ def _squared(node: Any) -> fx.Node | None:
     if is_call(node, aten.square.default) or (is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]):
         return node.args[0]
     return None
+
+
+def _centered(f: fx.Node) -> bool:
+    """Whether a value is another one without its mean."""
+    mean = f.args[1] if is_call(f, aten.sub.Tensor) and not f.kwargs else None
+    return is_call(mean, aten.mean.dim) and mean.args[0] is f.args[0] and _over_last_axis(mean)  # type: ignore
 
 
 def _over_last_axis(mean: fx.Node) -> bool:

@@ -10,8 +10,9 @@ from torch import fx
 
 from qfx.core.graph import Graph
 from qfx.core.report import Miss
-from qfx.modules.linear import BUFFERS, QLinear
+from qfx.modules.linear import QLinear
 from qfx.modules.merged import unlike
+from qfx.modules.state import BUFFERS
 
 _WEIGHT = "." + BUFFERS["codes"]
 _BETWEEN = "reads what {} reads, but others are called between them"

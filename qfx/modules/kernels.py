@@ -119,6 +119,8 @@ OPS: dict[str, Any] = {
     "wnaq_linear": wnaq_linear,
 }
 """By preference, too; each reads the weight as it is stored."""
+GPU_OPS = ("int8_linear", "fp8_linear")
+"""Those that have a GPU kernel."""
 
 
 def choose_op(scheme: Scheme, in_features: int, g_idx: bool = False) -> str:
@@ -138,10 +140,9 @@ def choose_kernel(scheme: Scheme, in_features: int, out_features: int, g_idx: bo
         KernelError: no op computes the scheme.
     """
     op = choose_op(scheme, in_features, g_idx)
-    refusals = []
-    for name, kernel in KERNELS.items():
-        reason = kernel.supports(scheme, in_features, out_features, g_idx)
-        if reason is None:
-            return name, "the weight is in this kernel's own layout"
-        refusals.append(reason)
-    return op, "; ".join(["the weight is read as it is stored", *refusals])
+    refusals = {n: k.supports(scheme, in_features, out_features, g_idx) for n, k in KERNELS.items()}
+    if (name := next((n for n, reason in refusals.items() if reason is None), None)) is not None:
+        return name, "a GPU kernel with a weight layout of its own"
+    if op in GPU_OPS:
+        return op, "a GPU kernel that reads the weight as it is stored"
+    return op, "; ".join(["PyTorch ops: no GPU kernel takes it", *(reason for reason in refusals.values() if reason)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +15,7 @@ from qfx.core.spec import Scheme, scheme_label
 from qfx.kernels.pack import apply_to_bits, dequantize, empty_store, restore, store
 from qfx.kernels.quantize_rows import grid_name
 from qfx.modules.kernels import KERNELS, Stored, choose_op
-
-BUFFERS = {"codes": "weight_codes", "scale": "weight_scale", "zero": "weight_zero", "g_idx": "g_idx"}
-"""Of what `store` gives."""
-_PREPARED = "kernel_"
-"""In front of the names of the tensors of a kernel's layout."""
-
-
-class Part(Protocol):
-    """The share that a linear has in a merged one, which holds its weight and computes its output."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        ...
-
-    def stored(self) -> Stored:
-        """The linear's own weight, as `store` gives it."""
-        ...
-
-    def load(self, stored: Stored, error_msgs: list[str]) -> None:
-        """Takes over the weight, and the linear's bias and input scale, which have just been loaded."""
-        ...
+from qfx.modules.state import BUFFERS, PREPARED, Part, load_weight, save_weight
 
 
 class QLinear(nn.Module):
@@ -218,9 +195,14 @@ class QLinear(nn.Module):
         if self.part is not None:
             return self.part.stored()
         if self.kernel:
-            prepared = {name.removeprefix(_PREPARED): self._buffers.get(name) for name in self.layout}
+            prepared = {name.removeprefix(PREPARED): self._buffers.get(name) for name in self.layout}
             return KERNELS[self.kernel].restore(prepared, self.scheme, self.in_features, self.out_features)
         return {key: getattr(self, name) for key, name in BUFFERS.items()}
+
+    def stored_names(self) -> dict[str, Tensor]:
+        """Names, and meta tensors of the shapes and dtypes, that the weight has as it is stored."""
+        empty = empty_store(self.scheme.weight, (self.out_features, self.in_features), self.has_g_idx, "meta")
+        return {BUFFERS[key]: t for key, t in empty.items() if t is not None}
 
     @property
     def as_stored(self) -> bool:
@@ -248,8 +230,8 @@ class QLinear(nn.Module):
             self.take_weight()
             for key, tensor in prepared.items():
                 if tensor is not None:
-                    self.register_buffer(_PREPARED + key, tensor.to(device), persistent=False)
-            self.kernel, self.layout = name, tuple(_PREPARED + key for key in prepared)
+                    self.register_buffer(PREPARED + key, tensor.to(device), persistent=False)
+            self.kernel, self.layout = name, tuple(PREPARED + key for key in prepared)
             self._settings = KERNELS[name].settings(self.scheme, *sizes)
         elif self.kernel:
             self.take_weight()
@@ -289,50 +271,17 @@ class QLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self.as_stored:
-            stored = self.stored()
-            for key, name in BUFFERS.items():
-                if (value := stored[key]) is not None:
-                    destination[prefix + name] = value
+            save_weight(self, destination, prefix)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        def load(given: Any) -> None:
-            rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            super(QLinear, self)._load_from_state_dict(given, prefix, *rest)
-
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         if self.as_stored:
-            return load(state_dict)
-        shape = self.out_features, self.in_features
-        wanted = {
-            k: v for k, v in empty_store(self.scheme.weight, shape, self.has_g_idx, "meta").items() if v is not None
-        }
-        new = {key: t for key in wanted if (t := state_dict.get(prefix + BUFFERS[key])) is not None}
-        missing_keys += [prefix + BUFFERS[key] for key in wanted if key not in new] if strict else []
-        own = {prefix + BUFFERS[key] for key in wanted}
-        load({k: v for k, v in state_dict.items() if k not in own})
-        stored = dict(self.stored())
-        for key, value in new.items():
-            if value.shape != wanted[key].shape:
-                has, need = tuple(value.shape), tuple(wanted[key].shape)
-                error_msgs.append(f"size mismatch for {prefix}{BUFFERS[key]}: {has} in the state dict, {need} here")
-            else:
-                stored[key] = value.to(self.device, wanted[key].dtype)
-        if self.part is not None:
-            self.part.load(stored, error_msgs)
-        elif new:
-            prepared = KERNELS[self.kernel].prepare(stored, self.scheme, self.in_features)
-            for key, tensor in prepared.items():  # in place: a captured CUDA graph reads the same memory
-                if tensor is not None:
-                    self.get_buffer(_PREPARED + key).copy_(tensor)
+            return super()._load_from_state_dict(state_dict, prefix, *rest)
+        own = {prefix + name for name in BUFFERS.values() if prefix + name in state_dict}
+        wanted = {prefix + name for name in self.stored_names()}
+        others = {k: v for k, v in state_dict.items() if k not in own & wanted}
+        super()._load_from_state_dict(others, prefix, *rest)
+        load_weight(self, state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
         kept = {id(b) for name, b in self._buffers.items() if name != "bias"}

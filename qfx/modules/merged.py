@@ -18,7 +18,8 @@ from qfx.core.errors import KernelError
 from qfx.core.online import Online
 from qfx.core.spec import Scheme
 from qfx.modules.kernels import Stored
-from qfx.modules.linear import BUFFERS, QLinear
+from qfx.modules.linear import QLinear
+from qfx.modules.state import BUFFERS
 
 WHOLE = "merged"
 """Name of the merged linear in the module of the first."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from qfx.core.spec import Scheme, parse_scheme
 from qfx.kernels.pack import dequantize
 from qfx.modules import kernels
 from qfx.modules.kernels import Stored, choose_kernel
-from qfx.modules.linear import BUFFERS, QLinear
+from qfx.modules.linear import QLinear
+from qfx.modules.state import BUFFERS
 from tests.kernels.law import make_case
 
 
@@ -150,10 +152,32 @@ def test_compiles_without_a_graph_break(kernel: str, backend: str) -> None:
 
 
 def test_the_choice_has_a_reason() -> None:
-    assert choose_kernel(parse_scheme("W4A16_G16"), 48, 20)[0] == "reversed"
+    own = "a GPU kernel with a weight layout of its own"
+    assert choose_kernel(parse_scheme("W4A16_G16"), 48, 20) == ("reversed", own)
+    assert choose_kernel(parse_scheme("W4A16_G32"), 64, 9) == ("w4a16_linear", own)
     name, why = choose_kernel(parse_scheme("W4A16_G16"), 48, 9)
-    assert name == "wna16_linear" and "as it is stored; reversed: nine outputs; w4a16_linear: groups of 16" in why
-    name, why = choose_kernel(parse_scheme("W8A8"), 48, 20)
-    assert name == "int8_linear" and "reversed: the input is quantized" in why
+    assert name == "wna16_linear" and why.startswith(
+        "PyTorch ops: no GPU kernel takes it; reversed: nine outputs; w4a16"
+    )
+    stored = "a GPU kernel that reads the weight as it is stored"
+    assert choose_kernel(parse_scheme("W8A8"), 48, 20) == ("int8_linear", stored)
     with pytest.raises(KernelError, match="does not divide"):
         choose_kernel(parse_scheme("W4A16"), 48, 20)
+
+
+def test_groups_of_unequal_sizes_stay_as_they_are_stored() -> None:
+    """The kernel's layout could not say which column was of which group."""
+    case = make_case((5,), 64, 20, "W4A16_G32")
+    uneven = torch.tensor([0] * 40 + [1] * 24)
+    weight = replace(case.weight, g_idx=uneven)
+    module = QLinear.from_qtensor(weight, None, case.scheme, dtype=torch.float32)
+    state = saved(module)
+    with pytest.raises(KernelError, match="w4a16_linear takes no groups of unequal sizes"):
+        module.use_kernel("w4a16_linear")
+    assert module.as_stored and same(saved(module), state)
+    scattered = torch.randperm(64) // 32
+    module = QLinear.from_qtensor(replace(weight, g_idx=scattered), None, case.scheme, dtype=torch.float32)
+    state, want = saved(module), module(case.x)
+    module.use_kernel("w4a16_linear")
+    assert same(saved(module), state)
+    torch.testing.assert_close(module(case.x), want)

@@ -83,6 +83,12 @@ def rms_late(m: Model, x: Tensor) -> Tensor:
     return (f * torch.rsqrt((f * f).mean(-1, keepdim=True) + 1e-6) * (1.0 + m.gain.float())).type_as(x)
 
 
+def layer(m: Model, x: Tensor) -> Tensor:
+    f = x.float()
+    f = f - f.mean(-1, keepdim=True)
+    return (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-5) * m.gain.float() + m.bias.float()).to(x.dtype)
+
+
 def test_an_input_is_quantized_by_an_op_of_its_own() -> None:
     f = Fused(lambda m, x: m.a(x))
     assert f.ops == ["qfx.quantize_rows", "qfx.int8_gemm"] and f.equal()
@@ -194,7 +200,7 @@ def test_a_product_that_ends_otherwise_stays(body: Body, why: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("norm", [rms, rms_late])
+@pytest.mark.parametrize("norm", [rms, rms_late, layer])
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC", "W8A8_STATIC"])
 def test_a_norm_gives_codes(norm: Callable[[Model, Tensor], Tensor], scheme: str, dtype: torch.dtype) -> None:
     """Bit for bit, in low precision, too: it rounds where the model does."""
@@ -262,8 +268,10 @@ def test_a_sum_that_cannot_be_taken_in_is_a_miss(body: Body, why: str) -> None:
         lambda m, x: m.a(x * torch.rsqrt((x.abs() ** 3).mean(-1, keepdim=True) + 1e-6)),
         lambda m, x: m.a(x * torch.rsqrt((x + 1).pow(2).mean(-1, keepdim=True) + 1e-6)),
         lambda m, x: m.a(F.layer_norm(x, x.shape[-2:])),
+        lambda m, x: m.a(x * torch.rsqrt((x * m.gain).pow(2).mean(-1, keepdim=True) + 1e-6)),
+        lambda m, x: m.a(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + x[..., :1].square())),
     ],
-    ids=["another axis", "another power", "of another value", "two axes"],
+    ids=["another axis", "another power", "of another value", "two axes", "weighted", "no eps"],
 )
 def test_what_only_looks_like_a_norm_stays(body: Body) -> None:
     f = Fused(body)
@@ -292,7 +300,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 @torch.no_grad()
 def test_whole_models(name: str, scheme: str) -> None:
-    """Equal up to the last bits of a sum, at sizes other than those of the capture, too."""
+    """Equal but for codes that the last bits of a sum move, at sizes other than those of the capture, too."""
     model, inputs = ZOO[name].load()
     q = qfx.quantize(model, {"schemes": {"*": scheme}, "ignore": ["@head"]}, [inputs], progress=False)
     qfx.lower(q, inputs, device="cuda")
@@ -304,7 +312,9 @@ def test_whole_models(name: str, scheme: str) -> None:
     assert all(t.data_ptr() in shared for n, t in graph.named_buffers() if n.endswith("weight_scale"))
     for length in (12, 5):
         cut = {k: v[:1, :length] for k, v in inputs.items()}
-        for want, got in zip(tree_leaves(q(**cut)), tree_leaves(graph(**cut)), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        exact, want, got = (m(**cut).logits for m in (model, q, graph))
+        apart = (want - got).abs().amax(-1) / want.abs().max()
+        assert apart.max() < (want - exact).abs().max() / exact.abs().max()
+        assert (apart < 1e-5).float().mean() > 0.7
     if name == "llama":
         assert torch.equal(graph(**inputs).logits, q(**inputs).logits)
