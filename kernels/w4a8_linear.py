@@ -186,7 +186,7 @@ def _(
     x_grid: str,
 ) -> Tensor:
     from qfx.kernels.gpu.decode4 import eight_bit_decoder
-    from qfx.kernels.gpu.rowwise import quantize_rows
+    from qfx.kernels.gpu.gated_quantize import quantize_rows
     from qfx.kernels.gpu.w4 import w4
 
     codes, x_scale = quantize_rows(_ordered(x.reshape(-1, x.shape[-1]), order), x_grid)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+from triton.runtime.errors import OutOfResources
 
 from qfx.kernels.gpu import gemm8_large, gemm8_skinny, tune
 from qfx.kernels.gpu.gemm8_config import Config, Operands, candidates, default, takes_tma
@@ -65,7 +67,7 @@ def gemm8(
         shape = (tune.bucket(m), n, k, int8, tma, cublas)
         config = tune.pick(
             "gemm8",
-            shape,
+            (*shape[1:], shape[0]),
             default(*shape),
             lambda: candidates(*shape),
             lambda c, w: _run(c, o._replace(b=w)),
@@ -153,8 +155,25 @@ def _run(config: Config, o: Operands) -> Tensor:
             gemm8_specialized.launch(config, o)
             return o.out
         config = _instead(config)
-    _LAUNCH[config.form](config, o)
+    _launch(config, o)
     return o.out
+
+
+_fitting: dict[tuple[Any, ...], Config] = {}
+
+
+def _launch(config: Config, o: Operands) -> None:
+    """With fewer stages where the epilogue, or a smaller device, leaves too little shared memory for all of them."""
+    kind = config, o.out.dtype, None if o.residual is None else o.residual.dtype, o.activation
+    config = _fitting.get(kind, config)
+    while True:
+        try:
+            _LAUNCH[config.form](config, o)
+            return
+        except OutOfResources:
+            if config.stages == 1:
+                raise
+            config = _fitting[kind] = replace(config, stages=config.stages - 1)
 
 
 @cache

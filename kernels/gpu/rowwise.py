@@ -177,7 +177,7 @@ MAX_BLOCK = 32768
 @functools.cache
 def default_tile(columns: int, tokens: int) -> Tile:
     """16 values a thread while there are fewer rows than multiprocessors' slots, then 32: more bytes in flight."""
-    block = min(triton.next_power_of_2(columns), MAX_BLOCK)
+    block = min(max(2, triton.next_power_of_2(columns)), MAX_BLOCK)  # casts take two values at a time
     rows = max(1, 2048 // block) if tokens > 512 else 1
     each = 16 if tokens <= 512 else 32
     return Tile(rows, block, min(32, max(1, rows * block // (32 * each))))
@@ -186,7 +186,7 @@ def default_tile(columns: int, tokens: int) -> Tile:
 @functools.cache
 def tiles(columns: int) -> tuple[Tile, ...]:
     """The candidates for rows of so many columns."""
-    block = min(triton.next_power_of_2(columns), MAX_BLOCK)
+    block = min(max(2, triton.next_power_of_2(columns)), MAX_BLOCK)  # casts take two values at a time
     found: dict[Tile, None] = {}
     for rows in (1, 2, 4, 8, 16):
         if rows > 1 and rows * block > 8192:

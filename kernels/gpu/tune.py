@@ -43,7 +43,7 @@ def pick(
 
     Args:
         op: name of the kernel, the first key of the tables.
-        key: all that the choice depends on, the number of tokens as `bucket` gives it.
+        key: all that the choice depends on; last the number of tokens, as `bucket` gives it.
         default: what to take where nothing was measured.
         candidates: what `autotune` tries.
         run: computes the call at hand with a configuration and a weight.
@@ -124,8 +124,9 @@ def _measure_all(
     op: str, key: tuple[int | str, ...], candidates: Sequence[C], run: Callable[[C, Tensor], object], weight: Tensor
 ) -> C | None:
     size = weight.numel() * weight.element_size()
-    copies = [weight] + [weight.clone() for _ in range(min(63, 150_000_000 // max(size, 1)))]
-    rounds = -(-8 // len(copies))
+    few = int(key[-1]) <= 512  # tokens; with more of them, weights are not what takes the time
+    copies = [weight] + [weight.clone() for _ in range(min(63, 150_000_000 // max(size, 1)) if few else 0)]
+    rounds = -(-8 // len(copies)) if few else 2
     timed: list[tuple[float, int]] = []
     for i, config in enumerate(candidates):
         try:
@@ -142,20 +143,29 @@ def _measure_all(
 def _find(device: int, op: str, key: tuple[int | str, ...], kind: type[C]) -> C | None:
     if not torch.cuda.is_available():
         return None
+    *rest, tokens = key
     for table in (_own_table(device), _shipped_table(device)):
-        entry = table.get(op, {}).get(_join(key))
-        if entry is not None:
-            try:
-                return kind(**entry["config"])
-            except TypeError:  # written by another version of qfx
-                continue
+        measured = table.get(op, {}).get(_join(rest), {})
+        at = _nearest(int(tokens), [int(b) for b in measured])
+        if at is not None and (at == tokens or not _autotune):
+            with contextlib.suppress(TypeError):  # written by another version of qfx
+                return kind(**measured[str(at)]["config"])
     return None
+
+
+def _nearest(tokens: int, measured: Sequence[int]) -> int | None:
+    """The measured number of tokens whose configuration suits: the next larger one, or one that is large itself."""
+    larger = [b for b in measured if b >= tokens]
+    if larger:
+        return min(larger)
+    return max((b for b in measured if b >= 256), default=None)
 
 
 def _save(op: str, key: tuple[int | str, ...], config: Any, best: float) -> None:
     path = table_path()
     table = json.loads(path.read_text()) if path.exists() else {}
-    table.setdefault(op, {})[_join(key)] = {"config": asdict(config), "us": round(best * 1e6, 2)}
+    entry = {"config": asdict(config), "us": round(best * 1e6, 2)}
+    table.setdefault(op, {}).setdefault(_join(key[:-1]), {})[str(key[-1])] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(table, indent=1))
@@ -180,7 +190,7 @@ def _shipped_table(device: int) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _join(key: tuple[int | str, ...]) -> str:
+def _join(key: Sequence[int | str]) -> str:
     return " ".join(str(k) for k in key)
 
 

@@ -282,7 +282,7 @@ def w4(
             tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
         )  # fmt: skip
 
-    key = (decoder.kind, rows, columns, bucket(tokens), group)
+    key = (decoder.kind, rows, columns, group, bucket(tokens))
     dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
     config = pick(
         "w4", key, default(tokens, rows, columns, dense), lambda: candidates(tokens, rows, columns, dense), run, words
@@ -309,12 +309,12 @@ def candidates(tokens: int, rows: int, columns: int, dense: bool = False) -> lis
         found = [Config(0, 0, 1, 0, 0, chunk=chunk) for chunk in (2048, 4096, 1 << 20) if chunk < 2 * rows]
     if tokens <= 32:
         bt = 16 if tokens <= 16 else 32
-        for bn in (64, 128):
-            tiles = -(-rows // bn)
-            for split in (1, 2, 3, 4, 6, 8, 12):
-                if split == 1 or (blocks // split >= 4 and tiles * split <= 1800):
-                    shapes = ((1, 4, 0), (2, 3, 0), (1, 4, 72), (2, 3, 72), (1, 4, 64)) if bn == 64 else ((2, 3, 0),)
-                    found += [Config(bn, bt, split, bn // 16, n, 1, unroll, limit) for unroll, n, limit in shapes]
+        for split in (1, 2, 3, 4, 6, 8, 12):
+            if split > 1 and (blocks // split < 4 or -(-rows // 64) * split > 1800):
+                break
+            found += [Config(64, bt, split, 4, stages, 1, 2) for stages in (3, 4)]
+            found += [Config(64, bt, split, 4, 4, 1, 1, limit) for limit in (0, 72)]
+            found.append(Config(128, bt, split, 8, 3, 1, 2))
         return found
     for bt in (32, 64, 128):
         if bt > 2 * tokens or (tokens > 128 and bt < 128):
