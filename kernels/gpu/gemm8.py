@@ -67,7 +67,7 @@ def gemm8(
         shape = (tune.bucket(m), n, k, int8, tma, cublas)
         config = tune.pick(
             "gemm8",
-            (*shape[1:], shape[0]),
+            ("int8" if int8 else "fp8", tma, cublas, f"{n}x{k}", shape[0]),
             default(*shape),
             lambda: candidates(*shape),
             lambda c, w: _run(c, o._replace(b=w)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import statistics
@@ -43,7 +44,8 @@ def pick(
 
     Args:
         op: name of the kernel, the first key of the tables.
-        key: all that the choice depends on; last the number of tokens, as `bucket` gives it.
+        key: all that the choice depends on; last the number of tokens, as `bucket` gives it, and before it, where a
+            configuration suits similar weights as well, the weight's shape as `RxC`.
         default: what to take where nothing was measured.
         candidates: what `autotune` tries.
         run: computes the call at hand with a configuration and a weight.
@@ -145,12 +147,31 @@ def _find(device: int, op: str, key: tuple[int | str, ...], kind: type[C]) -> C 
         return None
     *rest, tokens = key
     for table in (_own_table(device), _shipped_table(device)):
-        measured = table.get(op, {}).get(_join(rest), {})
-        at = _nearest(int(tokens), [int(b) for b in measured])
-        if at is not None and (at == tokens or not _autotune):
+        entries = table.get(op, {})
+        measured = entries.get(_join(rest))
+        if measured is None and not _autotune:
+            measured = entries.get(_similar(rest, list(entries)))
+        at = _nearest(int(tokens), [int(b) for b in measured or ()])
+        if measured and at is not None and (at == tokens or not _autotune):
             with contextlib.suppress(TypeError):  # written by another version of qfx
                 return kind(**measured[str(at)]["config"])
     return None
+
+
+def _similar(rest: Sequence[int | str], measured: Sequence[str]) -> str | None:
+    """The measured entry for the most similar weight: sides and size within a factor of 4 together."""
+    *same, shape = [str(r) for r in rest]
+    if "x" not in shape:
+        return None
+    found = []
+    for entry in measured:
+        *others, other = entry.split(" ")
+        if others == same:
+            (r, c), (r2, c2) = (map(int, s.split("x")) for s in (shape, other))
+            # what decides is the number of tiles, then their length
+            found.append((abs(math.log2(r / r2)) + 0.5 * abs(math.log2(c / c2)), entry))
+    distance, entry = min(found, default=(math.inf, ""))
+    return entry if distance <= 2 else None
 
 
 def _nearest(tokens: int, measured: Sequence[int]) -> int | None:

@@ -282,7 +282,7 @@ def w4(
             tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
         )  # fmt: skip
 
-    key = (decoder.kind, rows, columns, group, bucket(tokens))
+    key = (decoder.kind, group, f"{rows}x{columns}", bucket(tokens))
     dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
     config = pick(
         "w4", key, default(tokens, rows, columns, dense), lambda: candidates(tokens, rows, columns, dense), run, words

@@ -52,6 +52,14 @@ def test_measured_then_nearest_then_default(table) -> None:
     assert choose(16, 8, 9) == Width(0)
 
 
+def test_a_similar_weight_serves(table) -> None:
+    tune._save("op", ("int8", "4096x4096", 64), Width(1), 1e-6)
+    tune._save("op", ("int8", "8192x8192", 64), Width(2), 1e-6)
+    tune._save("op", ("fp8", "5120x5120", 64), Width(3), 1e-6)
+    shapes = {"4096x4096": 1, "5120x5120": 1, "7168x8192": 2, "28672x8192": 2, "64x64": 0, "8192": 0}
+    assert {s: choose(64, "int8", s).width for s in shapes} == shapes
+
+
 def test_a_small_one_does_not_serve_many_tokens(table) -> None:
     tune._save("op", (4, 4, 16), Width(1), 1e-6)
     assert choose(512, 4, 4) == Width(0)
