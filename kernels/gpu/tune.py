@@ -68,10 +68,8 @@ def pick(
 
 
 def bucket(tokens: int) -> int:
-    """Numbers of tokens that share a configuration: up to 16, then powers of two up to 8192; 1 stands alone."""
-    if tokens <= 1:
-        return 1
-    return min(8192, max(16, 1 << (tokens - 1).bit_length()))
+    """Numbers of tokens that share a configuration: 1, up to 8, and powers of two up to 8192."""
+    return 1 if tokens <= 1 else min(8192, max(8, 1 << (tokens - 1).bit_length()))
 
 
 @contextlib.contextmanager

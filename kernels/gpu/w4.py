@@ -99,7 +99,7 @@ def _kernel(
     rn = pn * BN + rows
     rt = pt * BT + tl.arange(0, BT)
     live = (rt < M)[None, :]
-    # 128 rows of 128 columns are consecutive in memory; BN is 64, or a multiple of 128
+    # 128 rows of 128 columns are consecutive in memory; BN divides 128, or is a multiple of it
     if BN <= 128:
         tile = ((pn * BN) // 128).to(tl.int64) * blocks * (128 * WORDS) + ((pn * BN) % 128) * WORDS
         wp = w_ptr + tile + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
@@ -186,7 +186,7 @@ class Config:
     """How one launch is cut.
 
     Attributes:
-        bn: rows of a tile: 64, 128 or 256.
+        bn: rows of a tile: 32 or more, a divisor or a multiple of 128.
         bt: tokens of a tile.
         split: programs that share the columns of a tile.
         warps: of a program.
@@ -315,6 +315,9 @@ def candidates(tokens: int, rows: int, columns: int, dense: bool = False) -> lis
             found += [Config(64, bt, split, 4, stages, 1, 2) for stages in (3, 4)]
             found += [Config(64, bt, split, 4, 4, 1, 1, limit) for limit in (0, 72)]
             found.append(Config(128, bt, split, 8, 3, 1, 2))
+            if tokens <= 8:  # mma.sync instead of wgmma: less of everything
+                found += [Config(64, 8, split, 4, stages, 1, unroll) for unroll, stages in ((1, 4), (2, 3), (2, 4))]
+                found.append(Config(32, 8, split, 2, 4, 1, 2))
         return found
     for bt in (32, 64, 128):
         if bt > 2 * tokens or (tokens > 128 and bt < 128):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from qfx.kernels.gpu.gemm8 import gemm8
 from qfx.kernels.gpu.gemm8_config import (
     SHARED,

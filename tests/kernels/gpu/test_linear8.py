@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from qfx.core.spec import parse_scheme
 from qfx.kernels.gpu.launch import INTERPRET
 from qfx.kernels.gpu.linear8 import linear8, refusal

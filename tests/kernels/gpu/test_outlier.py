@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from qfx.kernels.gpu.launch import INTERPRET
 from qfx.kernels.gpu.outliers import outlier_linear, split
 from qfx.kernels.int8_outlier_linear import CASES, int8_outlier_linear

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from qfx.kernels import gated_quantize as gated_op
 from qfx.kernels import hadamard as hadamard_op
 from qfx.kernels import norm_quantize as norm_op

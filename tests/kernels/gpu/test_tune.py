@@ -41,7 +41,7 @@ def choose(tokens: int, *rest) -> Width:
 
 
 def test_buckets() -> None:
-    assert [tune.bucket(m) for m in (0, 1, 2, 16, 17, 64, 65, 8192, 100_000)] == [1, 1, 16, 16, 32, 64, 128, 8192, 8192]
+    assert [tune.bucket(m) for m in (0, 1, 2, 9, 17, 64, 65, 8192, 100_000)] == [1, 1, 8, 16, 32, 64, 128, 8192, 8192]
 
 
 def test_measured_then_nearest_then_default(table) -> None:
