@@ -14,8 +14,8 @@ def expected() -> set[str]:
     names = set()
     for package, folder in settings["package-dir"].items():
         for path in (ROOT / folder).rglob("*"):
-            is_asset = folder == "qfx" and "assets" in path.parts
-            if path.is_file() and path.suffix != ".pyc" and (path.suffix == ".py" or is_asset):
+            is_data = (folder == "qfx" and "assets" in path.parts) or path.parent.name == "tables"
+            if path.is_file() and path.suffix != ".pyc" and (path.suffix == ".py" or is_data):
                 inside = path.relative_to(ROOT / folder).as_posix()
                 names.add(f"{package.replace('.', '/')}/{inside}")
     return names
