@@ -146,38 +146,43 @@ def _find(device: int, op: str, key: tuple[int | str, ...], kind: type[C]) -> C 
     *rest, tokens = key
     for table in (_own_table(device), _shipped_table(device)):
         entries = table.get(op, {})
-        measured = entries.get(_join(rest))
-        if measured is None and not _autotune:
-            measured = entries.get(_similar(rest, list(entries)))
-        at = _nearest(int(tokens), [int(b) for b in measured or ()])
-        if measured and at is not None and (at == tokens or not _autotune):
-            with contextlib.suppress(TypeError):  # written by another version of qfx
-                return kind(**measured[str(at)]["config"])
+        exact = entries.get(_join(rest), {})
+        if _autotune:
+            choices = [exact.get(str(tokens))]
+        else:
+            alike = [exact] + [entries[name] for name in _similar(rest, list(entries))]
+            choices = [_at_least(int(tokens), measured) for measured in alike]
+            choices += [_at_most(int(tokens), measured) for measured in alike]
+        for entry in choices:
+            if entry is not None:
+                with contextlib.suppress(TypeError):  # written by another version of qfx
+                    return kind(**entry["config"])
     return None
 
 
-def _similar(rest: Sequence[int | str], measured: Sequence[str]) -> str | None:
-    """The measured entry for the most similar weight: sides and size within a factor of 4 together."""
+def _similar(rest: Sequence[int | str], measured: Sequence[str]) -> list[str]:
+    """The measured entries for weights of about this shape, the most similar first."""
     *same, shape = [str(r) for r in rest]
     if "x" not in shape:
-        return None
+        return []
     found = []
     for entry in measured:
         *others, other = entry.split(" ")
-        if others == same:
+        if others == same and other != shape:
             (r, c), (r2, c2) = (map(int, s.split("x")) for s in (shape, other))
             # what decides is the number of tiles, then their length
             found.append((abs(math.log2(r / r2)) + 0.5 * abs(math.log2(c / c2)), entry))
-    distance, entry = min(found, default=(math.inf, ""))
-    return entry if distance <= 2 else None
+    return [entry for distance, entry in sorted(found) if distance <= 2]
 
 
-def _nearest(tokens: int, measured: Sequence[int]) -> int | None:
-    """The measured number of tokens whose configuration suits: the next larger one, or one that is large itself."""
-    larger = [b for b in measured if b >= tokens]
-    if larger:
-        return min(larger)
-    return max((b for b in measured if b >= 256), default=None)
+def _at_least(tokens: int, measured: dict[str, Any]) -> Any:
+    """What suits so many tokens or a few more suits fewer, too."""
+    return measured.get(str(min((int(b) for b in measured if int(b) >= tokens), default=0)))
+
+
+def _at_most(tokens: int, measured: dict[str, Any]) -> Any:
+    """What suits many tokens suits more, too."""
+    return measured.get(str(max((int(b) for b in measured if 256 <= int(b) <= tokens), default=0)))
 
 
 def _save(op: str, key: tuple[int | str, ...], config: Any, best: float) -> None:

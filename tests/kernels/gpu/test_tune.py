@@ -60,6 +60,12 @@ def test_a_similar_weight_serves(table) -> None:
     assert {s: choose(64, "int8", s).width for s in shapes} == shapes
 
 
+def test_more_tokens_of_a_similar_weight_before_fewer_of_the_same(table) -> None:
+    tune._save("op", ("int8", "4096x4096", 256), Width(1), 1e-6)
+    tune._save("op", ("int8", "8192x8192", 2048), Width(2), 1e-6)
+    assert [choose(m, "int8", "4096x4096").width for m in (200, 1024, 4096)] == [1, 2, 1]
+
+
 def test_a_small_one_does_not_serve_many_tokens(table) -> None:
     tune._save("op", (4, 4, 16), Width(1), 1e-6)
     assert choose(512, 4, 4) == Width(0)
