@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qfx.kernels.gpu import w4_few
 from qfx.kernels.gpu.decode4 import E4M3_NIBBLES, INT4_TO_E4M3, Decoder, decode
 from qfx.kernels.gpu.dequantize4 import by_cublas
 from qfx.kernels.gpu.launch import INTERPRET, Launcher, capability, interpreted
@@ -195,6 +196,7 @@ class Config:
         unroll: blocks of 128 columns in a step of the loop.
         registers: limit for a thread, so that more programs fit; 0 for none.
         chunk: if not 0, nothing of this: so many rows at a time are dequantized, and multiplied by cuBLAS.
+        shared: whether the warps of a program share its columns instead of its rows (`w4_few`).
     """
 
     bn: int
@@ -206,6 +208,7 @@ class Config:
     unroll: int = 1
     registers: int = 0
     chunk: int = 0
+    shared: bool = False
 
 
 @cache
@@ -272,6 +275,14 @@ def w4(
         if config.chunk:
             by_cublas(x, words, scale, zero, table, bias, y, group, decoder, config.chunk)
             return
+        if config.shared:
+            shape = config.warps, config.bn, config.stages, config.registers
+            even = columns % (128 * config.warps) == 0
+            w4_few.launcher(*shape, decoder, group, (*flags, even), capable >= 90)(
+                (-(-rows // config.bn), 1, 1), x, x_scale, words, scale, zero, table, bias, y,
+                tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
+            )  # fmt: skip
+            return
         count = -(-rows // config.bn) * -(-tokens // config.bt)
         part = arrived = None
         if config.split > 1:
@@ -287,6 +298,8 @@ def w4(
     config = pick(
         "w4", key, default(tokens, rows, columns, dense), lambda: candidates(tokens, rows, columns, dense), run, words
     )
+    if config.shared and not w4_few.takes(tokens, group):
+        config = default(tokens, rows, columns, dense)
     run(config, words)
     return y
 
@@ -315,9 +328,10 @@ def candidates(tokens: int, rows: int, columns: int, dense: bool = False) -> lis
             found += [Config(64, bt, split, 4, stages, 1, 2) for stages in (3, 4)]
             found += [Config(64, bt, split, 4, 4, 1, 1, limit) for limit in (0, 72)]
             found.append(Config(128, bt, split, 8, 3, 1, 2))
-            if tokens <= 8:  # mma.sync instead of wgmma: less of everything
-                found += [Config(64, 8, split, 4, stages, 1, unroll) for unroll, stages in ((1, 4), (2, 3), (2, 4))]
-                found.append(Config(32, 8, split, 2, 4, 1, 2))
+        if tokens <= 8:
+            for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4), (16, 3)):
+                found += [Config(16, 8, 1, warps, stages, registers=limit, shared=True) for limit in (0, 64)]
+            found.append(Config(32, 8, 1, 8, 3, shared=True))
         return found
     for bt in (32, 64, 128):
         if bt > 2 * tokens or (tokens > 128 and bt < 128):

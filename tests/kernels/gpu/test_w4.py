@@ -34,6 +34,7 @@ CONFIGS = [
     gpu.Config(64, 64, 1, 4, 3, 2),
     gpu.Config(256, 16, 2, 8, 3, unroll=2),
     gpu.Config(32, 8, 2, 2, 3, unroll=2),
+    gpu.Config(16, 8, 1, 4, 3, shared=True),
 ]
 LARGER = [((1,), 4096, 512), ((17,), 1152, 333), ((130,), 640, 1000), ((300,), 2048, 264), ((16,), 14336, 128)]
 
@@ -68,7 +69,7 @@ def prepared(case: Case, module, **more) -> dict[str, Tensor | None]:
     return {k: None if v is None else v.to(DEVICE) for k, v in made.items()}
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.bn}x{c.bt}x{c.split}x{c.unroll}")
+@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.bn}x{c.bt}x{c.split}x{c.unroll}{'shared' * c.shared}")
 def config(request, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "pick", lambda *_: request.param)
 
