@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from triton.runtime.errors import OutOfResources
 
-from qfx.kernels.gpu import gemm8_large, gemm8_skinny, tune
+from qfx.kernels.gpu import gemm8_few, gemm8_large, gemm8_skinny, tune
 from qfx.kernels.gpu.gemm8_config import Config, Operands, candidates, default, takes_tma
 
-_LAUNCH = {"skinny": gemm8_skinny.launch, "large": gemm8_large.launch}
+_LAUNCH = {"few": gemm8_few.launch, "skinny": gemm8_skinny.launch, "large": gemm8_large.launch}
 
 
 def gemm8(
@@ -73,6 +73,8 @@ def gemm8(
             lambda c, w: _run(c, o._replace(b=w)),
             b,
         )
+        if config.form == "few" and m > config.tokens:  # of a table that was made for another number of tokens
+            config = default(*shape)
     return _run(config, o)
 
 

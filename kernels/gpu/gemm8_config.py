@@ -15,8 +15,8 @@ class Config:
     """How one product is computed.
 
     Attributes:
-        form: `skinny` (weights are the M operand), `large` (tokens are), `specialized` (tokens are; sm_90 only), or
-            `cublas` (fp8 only).
+        form: `few` (up to 8 tokens; the warps of a CTA share the columns), `skinny` (weights are the M operand),
+            `large` (tokens are), `specialized` (tokens are; sm_90 only), or `cublas` (fp8 only).
         tokens: tokens in a tile.
         channels: output channels in a tile.
         depth: K in a step.
@@ -31,7 +31,7 @@ class Config:
             takes over; 0 is all of K.
     """
 
-    form: Literal["skinny", "large", "specialized", "cublas"]
+    form: Literal["few", "skinny", "large", "specialized", "cublas"]
     tokens: int = 16
     channels: int = 64
     depth: int = 128
@@ -161,6 +161,9 @@ def large_candidates(m: int, n: int, k: int, int8: bool, tma: bool = True) -> li
 def candidates(m: int, n: int, k: int, int8: bool, tma: bool = True, cublas: bool = False) -> list[Config]:
     """What `tune.pick` tries for `[m, k] x [n, k]`."""
     found = []
+    if m <= 8:
+        for depth, stages, warps in ((128, 3, 8), (128, 4, 8), (128, 4, 4), (256, 3, 4), (256, 3, 8)):
+            found.append(Config("few", 8, 16, depth, stages, warps, tma=False, promote=0))
     if m <= 256:
         found += skinny_candidates(m, n, k, int8, tma)
     if m > 128:

@@ -150,6 +150,18 @@ ACTIVATIONS = {
 }
 
 
+FEW = [Config("few", 8, 16, 32, 2, 4, tma=False, promote=0), Config("few", 8, 16, 64, 3, 2, tma=False, promote=0)]
+
+
+@interpreted
+@pytest.mark.parametrize("config", FEW, ids=str)
+def test_few_tokens(config: Config) -> None:
+    for m, n, k in ((1, 16, 128), (8, 33, 41), (3, 5, 300), (7, 70, 256)):
+        check(m, n, k, INT8, config)
+    check(5, 70, 160, E4M3, config)
+    check(5, 70, 160, E5M2, config)
+
+
 @interpreted
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("config", [SMALL[1], SMALL[5]], ids=str)
@@ -166,7 +178,7 @@ def test_activation_and_bfloat16(config: Config, name: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("config", [SMALL[0], SMALL[1], SMALL[4], SMALL[6]], ids=str)
+@pytest.mark.parametrize("config", [SMALL[0], SMALL[1], SMALL[4], SMALL[6], FEW[0]], ids=str)
 def test_outliers(config: Config) -> None:
     a, b = codes(6, 48, INT8), codes(40, 48, INT8)
     a_scale, b_scale = torch.rand(6, 1), torch.rand(40)
