@@ -8,7 +8,7 @@ from torch import Tensor
 from qfx.core.errors import KernelError
 from qfx.core.spec import Scheme
 from qfx.kernels import fp8_linear
-from qfx.kernels.int8_gemm import check, finish
+from qfx.kernels.int8_gemm import backward, check, finish, setup
 
 CASES = [
     ((16,), 64, 32, "", False),
@@ -91,6 +91,9 @@ def _(
         return fp8_gemm._init_fn(x_codes, x_scale, codes, w_scale, bias, residual, activation, out_dtype)
     _check(x_codes, x_scale, codes, residual, activation, out_dtype)
     return product(x_codes, x_scale, codes, w_scale, bias, residual, activation, out_dtype)
+
+
+fp8_gemm.register_autograd(backward, setup_context=setup)
 
 
 def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,6 +120,42 @@ def finish(
     if residual is not None:
         y = y + residual
     return y.to(out_dtype)
+
+
+_SLOPES = {
+    "": lambda grad, y: grad,
+    "relu": lambda grad, y: torch.where(y > 0, grad, 0),
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": lambda grad, y: torch.ops.aten.gelu_backward(grad, y, approximate="tanh"),
+}
+"""The gradients of `ACTIVATIONS` from those of their outputs, and their inputs."""
+
+
+def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what `backward` reads; of all families."""
+    x_codes, x_scale, codes, w_scale, bias, residual, activation, _ = inputs
+    ctx.save_for_backward(x_codes, x_scale, codes, w_scale, bias)
+    ctx.activation, ctx.residual_dtype = activation, None if residual is None else residual.dtype
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Exact gradients of the tokens' scales, the bias and the residual; codes and the weight's scales are constants."""
+    x_codes, x_scale, codes, w_scale, bias = ctx.saved_tensors
+    residual_grad = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
+    flat, scale_grad, bias_grad = grad.float().reshape(-1, grad.shape[-1]), None, None
+    if ctx.needs_input_grad[1] or ctx.activation:
+        product = (x_codes.reshape(-1, x_codes.shape[-1]).float() @ codes.float().t()) * w_scale.reshape(-1)
+        y = product * x_scale.reshape(-1, 1)
+        flat = _SLOPES[ctx.activation](flat, y if bias is None else y + bias)
+        scale_grad = (flat * product).sum(1, keepdim=True)
+        scale_grad = (scale_grad if x_scale.numel() == len(scale_grad) else scale_grad.sum()).reshape(x_scale.shape)
+    if bias is not None:
+        bias_grad = flat.sum(0).to(bias.dtype)
+    return None, scale_grad, None, None, bias_grad, residual_grad, None, None
+
+
+int8_gemm.register_autograd(backward, setup_context=setup)
 
 
 def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | None:

@@ -7,6 +7,7 @@ appendix E give NF4's table and the double quantization of `absmax`.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +90,15 @@ def _reference(
     x: Tensor, tiles: Tensor, absmax: Tensor, bias: Tensor | None, out_features: int, group: int, table_name: str
 ) -> Tensor:
     nibbles.check("nf4_linear", x, tiles)
-    codes = nibbles.untile(tiles, LAYOUT, out_features, x.shape[-1])
-    values = table(table_name, x.device, x.dtype).float()[codes.long()]
-    w = nibbles.dequantize_tiles(values, absmax, None, group)
+    w = _weight(tiles, absmax, out_features, x.shape[-1], group, table(table_name, x.device, x.dtype))
     y = F.linear(x.float(), w, None if bias is None else bias.float())
     return y.to(x.dtype)
+
+
+def _weight(tiles: Tensor, absmax: Tensor, out_features: int, in_features: int, group: int, values: Tensor) -> Tensor:
+    """float32 `[out, in]`."""
+    codes = nibbles.untile(tiles, LAYOUT, out_features, in_features)
+    return nibbles.dequantize_tiles(values.float()[codes.long()], absmax, None, group)
 
 
 @nf4_linear.register_fake
@@ -131,6 +136,25 @@ def _(
     decoder = table_decoder(TABLES[table_name], x.dtype)
     y = w4(flat, tiles, absmax, None, bias, out_features, group, decoder, table=values)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, tiles, absmax, bias, out_features, group, table_name = inputs
+    ctx.save_for_backward(tiles, absmax)
+    ctx.sizes, ctx.table = (out_features, x.shape[-1], group), (table_name, x.device, x.dtype)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tiles, absmax = ctx.saved_tensors
+    # not the cached one: while torch.compile traces this, tensors must be made within it
+    w = _weight(tiles, absmax, *ctx.sizes, table.__wrapped__(*ctx.table)).to(grad.dtype)
+    flat = grad.reshape(-1, grad.shape[-1])
+    bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
+    return (flat @ w).reshape(*grad.shape[:-1], w.shape[1]), None, None, bias_grad, None, None, None
+
+
+nf4_linear.register_autograd(_backward, setup_context=_setup)
 
 
 def quantize(w: Tensor, group: int = 64, table_name: str = "nf4") -> tuple[Tensor, Tensor]:

@@ -129,6 +129,11 @@ def dequantize_tiles(values: Tensor, scale: Tensor, zero: Tensor | None, group: 
     return ((values.unflatten(1, (-1, group)) - offset.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)
 
 
+def unordered(columns: Tensor, order: Tensor | None) -> Tensor:
+    """Columns `[..., in]` in the order of the tiles back in the order of x: the inverse of `x[..., order]`."""
+    return columns if order is None else torch.empty_like(columns).index_copy(-1, order.long(), columns)
+
+
 def supports_group(op: str, scheme: Scheme, in_features: int) -> str | None:
     """None if the kernels take groups of this size, otherwise the reason why not."""
     try:

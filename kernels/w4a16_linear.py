@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,13 +75,20 @@ def _reference(
     group: int,
 ) -> Tensor:
     nibbles.check("w4a16_linear", x, tiles)
-    values = nibbles.untile(tiles, LAYOUT, out_features, x.shape[-1]).float()
-    if zero is None:
-        values -= OFFSET
-    w = nibbles.dequantize_tiles(values, scale, zero, group).to(x.dtype)
+    w = _weight(tiles, scale, zero, out_features, x.shape[-1], group).to(x.dtype)
     if order is not None:
         x = x.index_select(-1, order)
     return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def _weight(
+    tiles: Tensor, scale: Tensor, zero: Tensor | None, out_features: int, in_features: int, group: int
+) -> Tensor:
+    """float32 `[out, in]`, its columns in the order of the tiles."""
+    values = nibbles.untile(tiles, LAYOUT, out_features, in_features).float()
+    if zero is None:
+        values -= OFFSET
+    return nibbles.dequantize_tiles(values, scale, zero, group)
 
 
 @w4a16_linear.register_fake
@@ -120,6 +129,25 @@ def _(
         flat = flat.contiguous()
     y = w4(flat, tiles, scale, zero, bias, out_features, group, INT4)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, tiles, scale, zero, order, bias, out_features, group = inputs
+    ctx.save_for_backward(tiles, scale, zero, order)
+    ctx.sizes = out_features, x.shape[-1], group
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tiles, scale, zero, order = ctx.saved_tensors
+    w = _weight(tiles, scale, zero, *ctx.sizes).to(grad.dtype)
+    flat = grad.reshape(-1, grad.shape[-1])
+    x_grad = nibbles.unordered(flat @ w, order).reshape(*grad.shape[:-1], w.shape[1])
+    bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
+    return x_grad, None, None, None, None, bias_grad, None, None
+
+
+w4a16_linear.register_autograd(_backward, setup_context=_setup)
 
 
 def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | None:

@@ -6,6 +6,8 @@ quantized.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,12 +79,19 @@ def _reference(
     dtype: torch.dtype,
 ) -> Tensor:
     _check(x, tiles)
-    values = nibbles.untile(tiles, _layout(x.dtype), out_features, x.shape[-1]).float()
-    if zero is None:
-        values = torch.where(values > 7, values - 16, values)
-    w = nibbles.dequantize_tiles(values, scale, zero, group)
+    w = _weight(tiles, scale, zero, out_features, x.shape[-1], group, _layout(x.dtype))
     y = (x.float() @ w.t()) * x_scale
     return (y if bias is None else y + bias).to(dtype)
+
+
+def _weight(
+    tiles: Tensor, scale: Tensor, zero: Tensor | None, out_features: int, in_features: int, group: int, layout: str
+) -> Tensor:
+    """float32 `[out, in]`, its columns in the order of the tiles."""
+    values = nibbles.untile(tiles, layout, out_features, in_features).float()
+    if zero is None:
+        values = torch.where(values > 7, values - 16, values)
+    return nibbles.dequantize_tiles(values, scale, zero, group)
 
 
 @w4a8_gemm.register_fake
@@ -118,6 +127,28 @@ def _(
 
     decoder = eight_bit_decoder(x.dtype, zero is not None)
     return w4(x, tiles, scale, zero, bias, out_features, group, decoder, x_scale=x_scale, dtype=dtype)
+
+
+def _gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, x_scale, tiles, scale, zero, bias, out_features, group, _ = inputs
+    ctx.save_for_backward(x, x_scale, tiles, scale, zero)
+    ctx.sizes = out_features, x.shape[-1], group
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, x_scale, tiles, scale, zero = ctx.saved_tensors
+    grad = grad.float()
+    scale_grad = None
+    if ctx.needs_input_grad[1]:
+        w = _weight(tiles, scale, zero, *ctx.sizes, _layout(x.dtype))
+        scale_grad = ((grad @ w) * x.float()).sum(1, keepdim=True).reshape(x_scale.shape)
+    bias_grad = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+    return None, scale_grad, None, None, None, bias_grad, None, None, None
+
+
+# codes are constants; what reaches their scales and the bias is exact
+w4a8_gemm.register_autograd(_gemm_backward, setup_context=_gemm_setup)
 
 
 @torch.library.custom_op("qfx::w4a8_linear", mutates_args=())
@@ -193,6 +224,26 @@ def _(
     decoder = eight_bit_decoder(codes.dtype, zero is not None)
     y = w4(codes, tiles, scale, zero, bias, out_features, group, decoder, x_scale=x_scale, dtype=x.dtype)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, tiles, scale, zero, order, bias, out_features, group, x_grid = inputs
+    ctx.save_for_backward(tiles, scale, zero, order)
+    ctx.sizes = out_features, x.shape[-1], group, _layout_for(x_grid)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tiles, scale, zero, order = ctx.saved_tensors
+    w = _weight(tiles, scale, zero, *ctx.sizes)
+    flat = grad.float().reshape(-1, grad.shape[-1])
+    x_grad = nibbles.unordered(flat @ w, order).to(grad.dtype).reshape(*grad.shape[:-1], w.shape[1])
+    bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
+    return x_grad, None, None, None, None, bias_grad, None, None, None
+
+
+# rounding counts as the identity (straight through), so that adapters train on a quantized base
+w4a8_linear.register_autograd(_backward, setup_context=_setup)
 
 
 def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | None:
