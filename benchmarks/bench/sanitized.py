@@ -1,0 +1,170 @@
+"""One small call for each GPU kernel and form of it, on odd shapes; operands are made on the CPU and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import qfx.kernels  # noqa: F401
+from qfx.kernels import nf4_linear, nibbles
+from qfx.kernels.hadamard_matrix import hadamard_matrix
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
+ops = torch.ops.qfx
+
+
+def moved(x: Tensor) -> Tensor:
+    """On the GPU."""
+    return x.to("cuda")
+
+
+def codes(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Random codes of 8 bits."""
+    if dtype == INT8:
+        return moved(torch.randint(-128, 128, (rows, columns), dtype=dtype))
+    return moved(torch.randn(rows, columns).to(dtype))
+
+
+def floats(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """Random values."""
+    return moved(torch.randn(*shape).to(dtype))
+
+
+def gemm8(m: int, n: int, k: int, dtype: torch.dtype, out: torch.dtype, residual: bool, **config: object) -> None:
+    """One configuration of the 8-bit GEMM."""
+    from qfx.kernels.gpu.gemm8 import gemm8 as run
+    from qfx.kernels.gpu.gemm8_config import Config
+
+    extra = floats(m, n) if residual else None
+    a, b, scale = codes(m, k, dtype), codes(n, k, dtype), moved(torch.rand(m, 1))
+    made = Config(**config)  # type: ignore[arg-type]
+    run(a, b, scale, moved(torch.rand(n)), floats(n), extra, "silu" if residual else "", out, config=made)
+
+
+def linear8(m: int, n: int, k: int, grid: str, static: bool) -> None:
+    """Quantizes, then multiplies; with a zero point if it is static."""
+    x, scale = floats(m, k + 3)[:, :k], moved(torch.rand(n))
+    x_scale = moved(torch.tensor(0.02)) if static else None
+    if grid == "e4m3":
+        ops.fp8_linear(x, codes(n, k, E4M3), scale, None, x_scale, grid)
+        return
+    zero = moved(torch.tensor(77, dtype=torch.int32)) if static else None
+    ops.int8_linear(x, codes(n, k, INT8), scale, floats(n), x_scale, zero, grid)
+
+
+def outliers(m: int, n: int, k: int, threshold: float) -> None:
+    """int8 with outlier channels, given or found."""
+    scale = moved(torch.rand(n, 1))
+    if threshold:
+        ops.int8_outlier_linear(floats(m, k) * 4, codes(n, k, INT8), scale, None, None, None, threshold, 16)
+        return
+    columns, weight = moved(torch.tensor([3, 11, k - 1], dtype=torch.int32)), floats(n, 16)
+    ops.int8_outlier_linear(floats(m, k), codes(n, k, INT8), scale, floats(n), columns, weight)
+
+
+def four(
+    m: int, n: int, k: int, group: int, form: str, large: bool = False, dequantized: bool = False, **config: int
+) -> None:
+    """One configuration of a 4-bit kernel."""
+    from qfx.kernels.gpu import decode4, dequantize4, w4
+
+    layout = {"int4": "quarters", "table": "pairs", "int8": "halves", "e4m3": "fours"}[form]
+    groups = 1 if group < 0 else k // group
+    tiles = moved(nibbles.tile(torch.randint(0, 16, (n, k), dtype=torch.uint8), layout))
+    scale = moved(nibbles.pad_scale(torch.rand(n, groups), n))
+    zero = moved(nibbles.pad_scale(torch.randint(0, 16, (n, groups), dtype=torch.uint8), n)) if form == "int4" else None
+    values = nf4_linear.table("nf4", torch.device("cpu"), BF16) if form == "table" else None
+    bias = floats(n)
+    if large:
+        from qfx.kernels.gpu.w4_large import w4_large
+
+        w4_large(floats(m, k), tiles, scale, zero, bias, n, group)
+        return
+    decoder = decode4.INT4
+    if form == "table":
+        decoder = decode4.table_decoder(nf4_linear.TABLES["nf4"], BF16)
+    elif form in ("int8", "e4m3"):
+        decoder = decode4.eight_bit_decoder(INT8 if form == "int8" else E4M3, False)
+    if dequantized:
+        out = torch.empty(n, k, dtype=BF16, device="cuda")
+        table = None if values is None else moved(values)
+        dequantize4.dequantize(tiles.view(torch.int16), scale, zero, table, out, group, decoder, 0)
+        return
+    x = floats(m, k) if form in ("int4", "table") else codes(m, k, INT8 if form == "int8" else E4M3)
+    x_scale = moved(torch.rand(m, 1)) if form in ("int8", "e4m3") else None
+    before = w4.pick
+    w4.pick = lambda *_: w4.Config(**config)  # type: ignore[assignment]
+    try:
+        table = None if values is None else moved(values)
+        w4.w4(x, tiles, scale, zero, bias, n, group, decoder, x_scale=x_scale, table=table, dtype=BF16)
+    finally:
+        w4.pick = before
+
+
+def rows(op: str, m: int, columns: int, dtype: torch.dtype, grid: str) -> None:
+    """A row-wise kernel on strided rows."""
+    wide = floats(m, 2 * columns + 5, dtype=dtype)
+    x, other = wide[:, :columns], wide[:, columns : 2 * columns]
+    if op == "quantize":
+        ops.quantize_rows(x, grid)
+    elif op == "gated":
+        ops.gated_quantize(x, other, "gelu", grid)
+    elif op == "norm":
+        ops.norm_quantize(x, other, floats(columns), None, 1e-5, m % 2 == 0, True, grid, None, None, True)
+    else:
+        assert hadamard_matrix(columns) is not None
+        ops.hadamard(x, columns, grid)
+
+
+def _cases() -> dict[str, Callable[[], None]]:
+    found: dict[str, Callable[[], None]] = {}
+    skinny = {"form": "skinny", "tokens": 16, "channels": 64, "depth": 128, "stages": 4, "warps": 4}
+    large = {"form": "large", "tokens": 128, "channels": 128, "depth": 128, "stages": 3, "warps": 8, "promote": 0}
+    wide = {**large, "channels": 256, "persistent": True}
+    own = {**wide, "form": "specialized"}
+    for name, dtype in (("int8", INT8), ("e4m3", E4M3)):
+        found |= {
+            f"gemm8 {name} skinny": partial(gemm8, 5, 70, 272, dtype, BF16, True, **skinny),
+            f"gemm8 {name} skinny split": partial(gemm8, 5, 130, 1040, dtype, F32, False, **skinny, split=3),
+            f"gemm8 {name} skinny pointers": partial(gemm8, 17, 33, 77, dtype, F16, True, **skinny, tma=False),
+            f"gemm8 {name} large": partial(gemm8, 150, 264, 272, dtype, BF16, True, **large),
+            f"gemm8 {name} large pointers": partial(gemm8, 133, 133, 77, dtype, F32, False, **large, tma=False),
+            f"gemm8 {name} persistent": partial(gemm8, 150, 520, 272, dtype, BF16, False, **wide),
+            f"gemm8 {name} specialized": partial(gemm8, 150, 520, 272, dtype, BF16, False, **own),
+        }
+    found |= {
+        "gemm8 e5m2 skinny": partial(gemm8, 3, 33, 144, E5M2, BF16, False, **skinny),
+        "int8_linear": partial(linear8, 7, 33, 77, "int8_narrow", False),
+        "int8_linear zero point": partial(linear8, 7, 33, 80, "uint8", True),
+        "fp8_linear": partial(linear8, 7, 33, 77, "e4m3", False),
+        "outliers given": partial(outliers, 7, 33, 77, 0.0),
+        "outliers found": partial(outliers, 33, 70, 80, 6.0),
+    }
+    one = {"bn": 64, "bt": 16, "split": 1, "warps": 4, "stages": 4}
+    for form in ("int4", "table", "int8", "e4m3"):
+        for group, n in ((128, 70), (64, 33), (32, 130), (-1, 70)):
+            found[f"w4 {form} groups {group}"] = partial(four, 5, n, 384, group, form, **one)
+        found[f"w4 {form} split"] = partial(four, 5, 70, 1152, 128, form, **{**one, "split": 3})
+        middle = {**one, "bn": 128, "bt": 64, "warps": 8, "stages": 3, "tokens": 8}
+        found[f"w4 {form} middle"] = partial(four, 133, 200, 384, 128, form, **middle)
+    found |= {
+        "w4 int4 odd depth": partial(four, 5, 33, 200, -1, "int4", **one, unroll=2),
+        "dequantize int4": partial(four, 1, 200, 384, 64, "int4", dequantized=True),
+        "dequantize table": partial(four, 1, 200, 384, 128, "table", dequantized=True),
+        "w4_large": partial(four, 150, 264, 384, 128, "int4", large=True),
+    }
+    for op, grid in (("quantize", "int8_narrow"), ("gated", "e4m3"), ("norm", "int8_narrow")):
+        for m, columns, dtype in ((5, 77, BF16), (600, 128, F32), (2, 4101, F16)):
+            found[f"{op} {m} x {columns}"] = partial(rows, op, m, columns, dtype, grid)
+    found["quantize 2 x 33001"] = partial(rows, "quantize", 2, 33001, BF16, "e5m2")
+    for m, columns, dtype in ((5, 64, BF16), (3, 192, F32), (2, 4096, BF16), (2, 14336, F16)):
+        found[f"hadamard {m} x {columns}"] = partial(rows, "hadamard", m, columns, dtype, "int8_narrow")
+    return found
+
+
+CASES = _cases()
+"""Calls by name. Each makes its operands, and launches once or twice."""
