@@ -49,6 +49,20 @@ def imports(tree: ast.AST, path: str) -> set[str]:
     return names
 
 
+class _AtImport(ast.NodeTransformer):
+    """Leaves what runs when a module is imported."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        return None
+
+
+def needs_triton(source: str, path: str) -> list[str]:
+    """What a file imports, when it is imported, that is there with Triton only."""
+    if within(installed_name(path), "qfx.kernels.gpu"):
+        return []
+    return [n for n in imports(_AtImport().visit(ast.parse(source)), path) if within(n, "triton", "qfx.kernels.gpu")]
+
+
 def words(tree: ast.AST) -> set[str]:
     """Every identifier and string of the code, without docstrings and comments."""
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -82,6 +96,7 @@ def forbidden_import(module: str, name: str) -> str | None:
 def violations(path: str, source: str) -> list[str]:
     tree, module = ast.parse(source), installed_name(path)
     found = [f"imports {n}: {why}" for n in imports(tree, path) if (why := forbidden_import(module, n))]
+    found += [f"imports {n}: outside of functions, where Triton may be missing" for n in needs_triton(source, path)]
     said = words(tree) | {module}
     found += [f"uses {text}: no hooks as control flow" for text in said if HOOKS.search(text)]
     found += [f"uses {text}: private" for text in said if re.search(r"\b_inductor\b", text)]
@@ -113,6 +128,9 @@ BROKEN = [
     ("qfx/core/a.py", "from qfx.report import table", "floor"),
     ("qfx/core/a.py", "from qfx import passes", "floor"),
     ("kernels/a.py", "def f():\n    import qfx.export.onnx", "nothing of qfx but"),
+    ("kernels/a.py", "from qfx.kernels.gpu.w4 import w4", "Triton may be missing"),
+    ("kernels/a.py", "class A:\n    from qfx.kernels import gpu", "Triton may be missing"),
+    ("qfx/core/a.py", "import triton.language as tl", "Triton may be missing"),
     ("export/a.py", "from qfx.kernels.w4a16_linear import pack", "no kernels"),
     ("export/a.py", "from qfx import passes", "no passes"),
     ("qfx/modules/a.py", "from qfx.passes import METHODS", "modules import"),
@@ -135,6 +153,8 @@ KEPT = [
     ("qfx/core/a.py", "import torch\nfrom qfx.core.spec import QSpec"),
     ("qfx/core/a.py", "from .grid import Int\nfrom ..core import spec"),
     ("kernels/a.py", "from qfx.core import spec\nfrom qfx.kernels._rows import rows"),
+    ("kernels/a.py", "def f():\n    from qfx.kernels.gpu.w4 import w4\n    import triton"),
+    ("kernels/gpu/a.py", "import triton\nfrom qfx.kernels.gpu.launch import Launcher"),
     ("export/a.py", "from qfx.core.graph import Graph"),
     ("passes/__init__.py", "from qfx.passes.solve.gptq import Gptq"),
     ("passes/solve/gptq.py", "from qfx.passes.solve._obs import inverse_hessian"),
