@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def finish(
     return y.to(out_dtype)
 
 
-_SLOPES = {
+_SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "": lambda grad, y: grad,
     "relu": lambda grad, y: torch.where(y > 0, grad, 0),
     "silu": torch.ops.aten.silu_backward,

@@ -148,7 +148,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tiles, absmax = ctx.saved_tensors
     # not the cached one: while torch.compile traces this, tensors must be made within it
-    w = _weight(tiles, absmax, *ctx.sizes, table.__wrapped__(*ctx.table)).to(grad.dtype)
+    (out, columns, group), values = ctx.sizes, table.__wrapped__(*ctx.table)
+    w = _weight(tiles, absmax, out, columns, group, values).to(grad.dtype)
     flat = grad.reshape(-1, grad.shape[-1])
     bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
     return (flat @ w).reshape(*grad.shape[:-1], w.shape[1]), None, None, bias_grad, None, None, None

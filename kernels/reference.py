@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 from qfx.kernels import (
     fp8_gemm,

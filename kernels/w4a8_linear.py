@@ -132,7 +132,7 @@ def _(
 def _gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, x_scale, tiles, scale, zero, bias, out_features, group, _ = inputs
     ctx.save_for_backward(x, x_scale, tiles, scale, zero)
-    ctx.sizes = out_features, x.shape[-1], group
+    ctx.sizes = out_features, x.shape[-1], group, _layout(x.dtype)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -141,7 +141,7 @@ def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = grad.float()
     scale_grad = None
     if ctx.needs_input_grad[1]:
-        w = _weight(tiles, scale, zero, *ctx.sizes, _layout(x.dtype))
+        w = _weight(tiles, scale, zero, *ctx.sizes)
         scale_grad = ((grad @ w) * x.float()).sum(1, keepdim=True).reshape(x_scale.shape)
     bias_grad = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
     return None, scale_grad, None, None, None, bias_grad, None, None, None

@@ -15,7 +15,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,7 +130,7 @@ def _measure_all(
     timed: list[tuple[float, int]] = []
     for i, config in enumerate(candidates):
         try:
-            timed.append((seconds([lambda w=w, c=config: run(c, w) for _ in range(rounds) for w in copies], 3), i))
+            timed.append((seconds([partial(run, config, w) for _ in range(rounds) for w in copies], 3), i))
         except Exception as e:  # too much shared memory, or a tile that the compiler does not take
             _failures.append(f"{op} {key} {config}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
     if not timed:

@@ -89,15 +89,6 @@ def dequantize(group: int, zero: bool = False, table: str = "") -> None:
     dequantize4.dequantize(words, scale, zeros, values, torch.empty(2048, SIDE, dtype=BF16), group, decoder, 0)
 
 
-def w4_large(group: int, x: torch.dtype = BF16, zero: bool = False) -> None:
-    from qfx.kernels.gpu.w4_large import w4_large
-
-    tiles = torch.empty(SIDE // 128, SIDE // 128, 128, 64, dtype=torch.uint8)
-    scale = torch.empty(1 if group < 0 else SIDE // group, SIDE)
-    zeros = torch.empty(scale.shape, dtype=torch.uint8) if zero else None
-    w4_large(torch.empty(1024, SIDE, dtype=x), tiles, scale, zeros, torch.empty(SIDE, dtype=x), SIDE, group)
-
-
 def gemm8(
     capability: int, tokens: int, dtype: torch.dtype, out: torch.dtype = BF16, *, residual: bool = False,
     activation: str = "", zero: bool = False, n_outliers: int = 0, form: str = "",
@@ -149,7 +140,7 @@ def cases(capability: int) -> dict[str, Callable[[], None]]:
         "w4 int4_int8 channel zero, 16": lambda: w4(16, -1, INT8, zero=True),
         "w4 nf4 bf16 g64, 1": lambda: w4(1, 64, BF16, table="nf4"),
         "w4 nf4 bf16 g64, 256": lambda: w4(256, 64, BF16, table="nf4"),
-        "w4 fp4 f16 g128, 16": lambda: w4(16, 128, F16, table="fp4", out=F16),
+        "w4 fp4 f16 g128, 16": lambda: w4(16, 128, F16, table="fp4_bnb", out=F16),
         "w4 shared nf4 bf16 g128, 8": lambda: w4(8, 128, BF16, table="nf4", config=SHARING),
         "w4 shared int4_int8 g128, 1": lambda: w4(1, 128, INT8, config=SHARING),
         "dequantize4 int4 g128": lambda: dequantize(128, zero=True),
@@ -191,8 +182,6 @@ def cases(capability: int) -> dict[str, Callable[[], None]]:
         found |= {
             "gemm8 specialized int8": lambda: g8(2048, INT8, form="specialized"),
             "gemm8 specialized e4m3": lambda: g8(2048, E4M3, form="specialized"),
-            "w4_large bf16 g128": lambda: w4_large(128),
-            "w4_large f16 channel zero": lambda: w4_large(-1, F16, zero=True),
         }
     return found
 
