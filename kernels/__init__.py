@@ -19,6 +19,7 @@ from qfx.kernels import (
     w4a16_linear,
     wna16_linear,
     wnaq_linear,
+    wxa16_linear,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "w4a16_linear",
     "wna16_linear",
     "wnaq_linear",
+    "wxa16_linear",
 ]

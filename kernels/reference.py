@@ -20,6 +20,7 @@ from qfx.kernels import (
     quantize_rows,
     w4a8_linear,
     w4a16_linear,
+    wxa16_linear,
 )
 
 OPS: tuple[CustomOpDef, ...] = (
@@ -36,6 +37,7 @@ OPS: tuple[CustomOpDef, ...] = (
     w4a8_linear.w4a8_gemm,
     w4a8_linear.w4a8_linear,
     w4a16_linear.w4a16_linear,
+    wxa16_linear.wxa16_linear,
 )
 """All ops that have a kernel on a GPU."""
 

@@ -1,6 +1,6 @@
-"""Nibbles to what the tensor cores multiply, in registers.
+"""Codes to what the tensor cores multiply, in registers: nibbles here, other widths in `qfx.kernels.gpu.decode_int`.
 
-Every decoder takes a tile of 64 bytes a row, which stand for 128 columns, and returns `[rows, 128]`. The tile's bytes
+Every decoder takes a tile, 16 bytes a row for each bit, which stand for 128 columns, and returns `[rows, 128]`. Bytes
 are laid out (`qfx.kernels.nibbles`) so that each thread already holds the columns that the product wants from it: the
 joins, permutations and reshapes below only rename registers.
 """
@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qfx.kernels.gpu.decode_int import fields_asm, fields_to_float, int8_to_float
 from qfx.kernels.gpu.launch import interpreted
 
 
@@ -150,9 +151,18 @@ def table_to_float8(octets, table_ptr, ASM: tl.constexpr):
 
 
 @triton.jit
-def decode(w, z, table_ptr, DECODE: tl.constexpr, ZERO: tl.constexpr, F16: tl.constexpr, ASM: tl.constexpr):
-    """A tile of 64 bytes a row as `[n, 128]`, by the kind of the decoder; z `[n]` is the zero points of the rows."""
-    if DECODE == "int4":
+def decode(
+    w, z, table_ptr, DECODE: tl.constexpr, ZERO: tl.constexpr, F16: tl.constexpr, ASM: tl.constexpr, high=None
+):  # fmt: skip
+    """The words of a tile as `[n, 128]`, by the kind of the decoder.
+
+    z `[n]` is the zero points of the rows; `high` the words of the second plane, where there is one.
+    """
+    if DECODE == "int2" or DECODE == "int3":
+        a = fields_to_float(w, high, z.to(tl.float32)[:, None], DECODE == "int3", F16, ASM)
+    elif DECODE == "int8":
+        a = int8_to_float(w, z.to(tl.float32)[:, None], ZERO, F16)
+    elif DECODE == "int4":
         a = int4_to_float(w, z.to(tl.float32)[:, None], F16)
     elif DECODE == "int4_int8":
         a = int4_to_int8(w, z[:, None], ZERO)
@@ -198,24 +208,31 @@ def table16_asm(table: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Decoder:
-    """How nibbles become numbers.
+    """How codes become numbers.
 
     Attributes:
-        kind: `int4`, `int4_int8`, `table` or `table_e4m3`.
-        asm: PTX of a table's lookup.
+        kind: `int2`, `int3`, `int4`, `int8`, `int4_int8`, `table` or `table_e4m3`.
+        asm: PTX of a table's lookup, or of `fields_to_float`.
         factor: what sums are multiplied by, with the scales of the tokens.
+        words: elements in a row of a tile: int16, or bytes for activations of 8 bits.
+        high: of these in a row of a second plane, which follows the first plane's 128 rows.
+        middle: the zero point without one.
     """
 
     kind: str
     asm: str = ""
     factor: float = 1.0
+    words: int = 32
+    high: int = 0
+    middle: int = 8
 
 
 INT4 = Decoder("int4")
-INT4_TO_INT8 = Decoder("int4_int8", factor=1 / 16)
+INT8 = Decoder("int8", words=64, middle=128)
+INT4_TO_INT8 = Decoder("int4_int8", factor=1 / 16, words=64)
 E4M3_NIBBLES = torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32).to(torch.float8_e4m3fn)
-INT4_TO_E4M3 = Decoder("table_e4m3", table8_asm(tuple(E4M3_NIBBLES.view(torch.uint8).tolist())))
-UINT4_TO_INT8 = Decoder("int4_int8")
+INT4_TO_E4M3 = Decoder("table_e4m3", table8_asm(tuple(E4M3_NIBBLES.view(torch.uint8).tolist())), words=64)
+UINT4_TO_INT8 = Decoder("int4_int8", words=64)
 
 
 def eight_bit_decoder(dtype: torch.dtype, zero: bool) -> Decoder:
@@ -230,3 +247,12 @@ def table_decoder(values: tuple[float, ...], dtype: torch.dtype) -> Decoder:
     """The decoder of a table of 16 values that are rounded to bfloat16 or float16."""
     bits = torch.tensor(values, dtype=torch.float32).to(dtype).view(torch.uint16).tolist()
     return Decoder("table", table16_asm(tuple(bits)))
+
+
+@cache
+def int_decoder(bits: int, dtype: torch.dtype) -> Decoder:
+    """The decoder of integers of 2, 3, 4 or 8 bits for bfloat16 or float16."""
+    if bits in (4, 8):
+        return INT4 if bits == 4 else INT8
+    asm = fields_asm(bits, dtype == torch.float16)
+    return Decoder(f"int{bits}", asm, words=16, high=8 if bits == 3 else 0, middle=2 ** (bits - 1))

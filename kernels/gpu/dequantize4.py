@@ -1,4 +1,4 @@
-"""Weights of 4 bits for many tokens: dequantized a few thousand rows at a time, and multiplied by cuBLAS.
+"""Weights of few bits for many tokens: dequantized a few thousand rows at a time, and multiplied by cuBLAS.
 
 From some hundreds of tokens on, a product is bound by the tensor cores, which cuBLAS keeps busier than a kernel that
 decodes on the way. Rows pass through one buffer that stays in the L2 cache.
@@ -21,24 +21,27 @@ from qfx.kernels.gpu.launch import Launcher
 def _kernel(
     w_ptr, s_ptr, z_ptr, table_ptr, out_ptr,
     row_tile, N, K, groups, s_stride,
-    DECODE: tl.constexpr, ASM: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, F16: tl.constexpr,
+    DECODE: tl.constexpr, ASM: tl.constexpr, WORDS: tl.constexpr, HIGH: tl.constexpr, MIDDLE: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, F16: tl.constexpr,
 ):  # fmt: skip
     column_tile = tl.program_id(0)
     part = tl.program_id(1)  # 64 of the 128 rows of a tile
     rows = part % 2 * 64 + tl.arange(0, 64)
     tile = (row_tile + part // 2).to(tl.int64)
-    w = tl.load(
-        w_ptr + (tile * tl.num_programs(0) + column_tile) * 4096 + rows[:, None] * 32 + tl.arange(0, 32)[None, :]
-    )
+    w_ptr += (tile * tl.num_programs(0) + column_tile) * (128 * (WORDS + HIGH))
+    w = tl.load(w_ptr + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :])
+    high = None
+    if HIGH:
+        high = tl.load(w_ptr + 128 * WORDS + rows[:, None] * HIGH + tl.arange(0, HIGH)[None, :])
     rn = tile * 128 + rows
     k = column_tile * 128 + tl.arange(0, 128)
-    a = decode(w, tl.full((64,), 8, tl.uint8), table_ptr, DECODE, False, F16, ASM).to(tl.float32)
+    a = decode(w, tl.full((64,), MIDDLE, tl.uint8), table_ptr, DECODE, False, F16, ASM, high).to(tl.float32)
     if GROUP < 0:
         at = rn[:, None]
     else:
         at = tl.minimum(k // GROUP, groups - 1)[None, :] * s_stride + rn[:, None]
     if ZERO:
-        a += 8.0 - tl.load(z_ptr + at).to(tl.float32)
+        a += MIDDLE - tl.load(z_ptr + at).to(tl.float32)
     a *= tl.load(s_ptr + at)
     out = (part // 2 * 128 + rows).to(tl.int64)[:, None] * K + k[None, :]
     tl.store(out_ptr + out, a.to(out_ptr.dtype.element_ty), mask=(rn < N)[:, None] & (k < K)[None, :])
@@ -46,8 +49,10 @@ def _kernel(
 
 @cache
 def _launcher(decoder: Decoder, group: int, zero: bool, f16: bool) -> Launcher:
-    kinds = {"DECODE": decoder.kind, "ASM": decoder.asm, "GROUP": group, "ZERO": zero, "F16": f16}
-    return Launcher(_kernel, **kinds, num_warps=4, num_stages=1)
+    return Launcher(
+        _kernel, DECODE=decoder.kind, ASM=decoder.asm, WORDS=decoder.words, HIGH=decoder.high, MIDDLE=decoder.middle,
+        GROUP=group, ZERO=zero, F16=f16, num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 def dequantize(

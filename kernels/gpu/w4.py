@@ -1,4 +1,4 @@
-"""Weights of 4 bits times activations of 16 or 8 bits: one kernel, whose decoder is a compile-time argument.
+"""Weights of 2 to 8 bits times activations of 16 or 8 bits: one kernel, whose decoder is a compile-time argument.
 
 The weight is the left operand of the product and the tokens the right one, so that a wgmma of 16 columns serves a
 single token. Weights are decoded in registers, on their way to the tensor cores, and are never written back to shared
@@ -34,6 +34,15 @@ def _tile_of(pid, tokens, rows, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _load_words(ptr, TOKENS: tl.constexpr):
+    if TOKENS == 1:  # a weight is read once
+        w = tl.load(ptr, eviction_policy="evict_first")
+    else:
+        w = tl.load(ptr)
+    return w
+
+
+@triton.jit
 def _load_x(ptr, live, k, K, EVEN_K: tl.constexpr):
     mask = live if EVEN_K else live & (k < K)
     if ptr.dtype.element_ty == tl.int8:
@@ -46,21 +55,35 @@ def _load_x(ptr, live, k, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _load_group(s_ptr, z_ptr, g, groups, stride, rn, ZERO: tl.constexpr):
+def _load_group(s_ptr, z_ptr, g, groups, stride, rn, ZERO: tl.constexpr, MIDDLE: tl.constexpr):
     """Scale and zero point of a group for the rows of a tile."""
     at = tl.minimum(g, groups - 1) * stride + rn  # K may end before the last block does
     if ZERO:
         z = tl.load(z_ptr + at)
     else:
-        z = tl.full(rn.shape, 8, tl.uint8)
+        z = tl.full(rn.shape, MIDDLE, tl.uint8)
     return tl.load(s_ptr + at), z
 
 
 @triton.jit
-def _minus(a, zero, DECODE: tl.constexpr):
-    """Exact: both are integers below 16."""
+def _zero_of(z, z_ptr, g, groups, stride, rn, INSIDE: tl.constexpr):
+    """The zero points of a group, which a decoder wants in the layout of the product.
+
+    Triton passes that layout on to what is loaded in the same turn of the loop, not to what the turn before has loaded:
+    then weights would go to shared memory and back instead.
+    """
+    if INSIDE:
+        z = tl.load(z_ptr + tl.minimum(g, groups - 1) * stride + rn)
+    return z
+
+
+@triton.jit
+def _minus(a, zero, DECODE: tl.constexpr, ZERO: tl.constexpr, MIDDLE: tl.constexpr):
+    """Takes off what the decoder has not. Exact: all are integers up to 255."""
     if DECODE == "int4":
         a = a - zero.to(a.dtype)[:, None]
+    elif ZERO and (DECODE == "int2" or DECODE == "int3" or DECODE == "int8"):
+        a = a - (zero.to(tl.float32) - MIDDLE).to(a.dtype)[:, None]
     return a
 
 
@@ -83,7 +106,8 @@ def _product(a, x, INT: tl.constexpr):
 def _kernel(
     x_ptr, x_scale_ptr, w_ptr, s_ptr, z_ptr, table_ptr, b_ptr, y_ptr, part_ptr, count_ptr,
     M, N, K, groups, x_stride, s_stride,
-    DECODE: tl.constexpr, ASM: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    DECODE: tl.constexpr, ASM: tl.constexpr, FACTOR: tl.constexpr, WORDS: tl.constexpr, HIGH: tl.constexpr,
+    MIDDLE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     SCALED: tl.constexpr, BIAS: tl.constexpr, F16: tl.constexpr, EVEN_K: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr,
     PDL: tl.constexpr,
@@ -95,75 +119,89 @@ def _kernel(
     first = (steps * pk) // SPLIT
     last = (steps * (pk + 1)) // SPLIT
     INT: tl.constexpr = DECODE == "int4_int8"
-    WORDS: tl.constexpr = 32 if DECODE == "int4" or DECODE == "table" else 64  # 64 bytes in either case
+    TILE: tl.constexpr = 128 * (WORDS + HIGH)  # elements
+    INSIDE: tl.constexpr = ZERO and GROUP > 0 and not INT and DECODE != "int4"
     rows = tl.arange(0, BN)
     rn = pn * BN + rows
     rt = pt * BT + tl.arange(0, BT)
     live = (rt < M)[None, :]
     # 128 rows of 128 columns are consecutive in memory; BN divides 128, or is a multiple of it
     if BN <= 128:
-        tile = ((pn * BN) // 128).to(tl.int64) * blocks * (128 * WORDS) + ((pn * BN) % 128) * WORDS
-        wp = w_ptr + tile + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        tile = ((pn * BN) // 128).to(tl.int64) * blocks * TILE
+        wp = w_ptr + (tile + ((pn * BN) % 128) * WORDS) + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        hp = w_ptr + (tile + ((pn * BN) % 128) * HIGH + 128 * WORDS)  # a second plane
+        if HIGH:
+            hp += rows[:, None] * HIGH + tl.arange(0, HIGH)[None, :]
     else:
-        tile = (rn // 128).to(tl.int64) * blocks * (128 * WORDS) + (rn % 128) * WORDS
-        wp = w_ptr + tile[:, None] + tl.arange(0, WORDS)[None, :]
-    wp += first * (UNROLL * 128 * WORDS)
+        tile = (rn // 128).to(tl.int64) * blocks * TILE
+        wp = w_ptr + (tile + (rn % 128) * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
+        hp = w_ptr + (tile + (rn % 128) * HIGH + 128 * WORDS)[:, None]
+        if HIGH:
+            hp += tl.arange(0, HIGH)[None, :]
+    wp += first * (UNROLL * TILE)
+    hp += first * (UNROLL * TILE)
     wait_for_previous(PDL)
     WIDTH: tl.constexpr = GROUP if GROUP == 32 or GROUP == 64 else 128
     rk = tl.arange(0, WIDTH)
     xp = x_ptr + rt.to(tl.int64)[None, :] * x_stride + (first * (UNROLL * 128) + rk)[:, None]
     acc = tl.zeros((BN, BT), dtype=tl.int32 if INT and GROUP < 0 else tl.float32)
+    plain = tl.full(rn.shape, 0 if DECODE == "int4" else MIDDLE, tl.uint8)
     # Scales and zero points are loaded one block ahead: their latency passes while a block is computed.
     if GROUP == 64:
-        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2), groups, s_stride, rn, ZERO)
-        s1, z1 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2) + 1, groups, s_stride, rn, ZERO)
+        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2), groups, s_stride, rn, ZERO, MIDDLE)
+        s1, z1 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2) + 1, groups, s_stride, rn, ZERO, MIDDLE)
     elif GROUP >= 128:
-        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 128) // GROUP, groups, s_stride, rn, ZERO)
+        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 128) // GROUP, groups, s_stride, rn, ZERO, MIDDLE)
     else:
-        s0, z0 = _load_group(s_ptr, z_ptr, 0, groups, s_stride, rn, ZERO)
+        s0, z0 = _load_group(s_ptr, z_ptr, 0, groups, s_stride, rn, ZERO, MIDDLE)
     for step in range(first, last):
         for i in tl.static_range(UNROLL):
             block = step * UNROLL + i
             k = (block * 128 + rk)[:, None]
             # the last step may reach past the last block: read that one again, times masked columns of x
-            ahead = i * (128 * WORDS) if EVEN_K else tl.minimum(i, blocks - 1 - step * UNROLL) * (128 * WORDS)
-            if TOKENS == 1:  # a weight is read once
-                w = tl.load(wp + ahead, eviction_policy="evict_first")
-            else:
-                w = tl.load(wp + ahead)
+            ahead = i * TILE if EVEN_K else tl.minimum(i, blocks - 1 - step * UNROLL) * TILE
+            w = _load_words(wp + ahead, TOKENS)
+            h = None
+            if HIGH:
+                h = _load_words(hp + ahead, TOKENS)
             at = xp + i * 128
             if GROUP < 0:  # one scale for all columns
-                a = decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM)
+                a = decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM, h)
                 acc = tl.dot(a, _load_x(at, live, k, K, EVEN_K), acc, out_dtype=acc.dtype)
             elif GROUP >= 128:
                 x = _load_x(at, live, k, K, EVEN_K)
-                s_next, z_next = _load_group(s_ptr, z_ptr, (block + 1) * 128 // GROUP, groups, s_stride, rn, ZERO)
-                a = decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM)
+                g = (block + 1) * 128 // GROUP
+                s_next, z_next = _load_group(s_ptr, z_ptr, g, groups, s_stride, rn, ZERO, MIDDLE)
+                z0 = _zero_of(z0, z_ptr, block * 128 // GROUP, groups, s_stride, rn, INSIDE)
+                a = decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM, h)
                 acc += _product(a, x, INT) * s0[:, None]
                 s0, z0 = s_next, z_next
             elif GROUP == 64:
                 x0, x1 = _load_x(at, live, k, K, EVEN_K), _load_x(at + 64, live, k + 64, K, EVEN_K)
-                t0, u0 = _load_group(s_ptr, z_ptr, block * 2 + 2, groups, s_stride, rn, ZERO)
-                t1, u1 = _load_group(s_ptr, z_ptr, block * 2 + 3, groups, s_stride, rn, ZERO)
-                a0, a1 = _halves(decode(w, z0 * 0, table_ptr, DECODE, False, F16, ASM), BN, 128)
-                acc += _product(_minus(a0, z0, DECODE), x0, INT) * s0[:, None]
-                acc += _product(_minus(a1, z1, DECODE), x1, INT) * s1[:, None]
+                t0, u0 = _load_group(s_ptr, z_ptr, block * 2 + 2, groups, s_stride, rn, ZERO, MIDDLE)
+                t1, u1 = _load_group(s_ptr, z_ptr, block * 2 + 3, groups, s_stride, rn, ZERO, MIDDLE)
+                z0 = _zero_of(z0, z_ptr, block * 2, groups, s_stride, rn, INSIDE)
+                z1 = _zero_of(z1, z_ptr, block * 2 + 1, groups, s_stride, rn, INSIDE)
+                a0, a1 = _halves(decode(w, plain, table_ptr, DECODE, False, F16, ASM, h), BN, 128)
+                acc += _product(_minus(a0, z0, DECODE, ZERO, MIDDLE), x0, INT) * s0[:, None]
+                acc += _product(_minus(a1, z1, DECODE, ZERO, MIDDLE), x1, INT) * s1[:, None]
                 s0, z0, s1, z1 = t0, u0, t1, u1
             else:
                 x0, x1 = _load_x(at, live, k, K, EVEN_K), _load_x(at + 32, live, k + 32, K, EVEN_K)
                 x2, x3 = _load_x(at + 64, live, k + 64, K, EVEN_K), _load_x(at + 96, live, k + 96, K, EVEN_K)
-                low, high = _halves(decode(w, z0 * 0, table_ptr, DECODE, False, F16, ASM), BN, 128)
+                low, high = _halves(decode(w, plain, table_ptr, DECODE, False, F16, ASM, h), BN, 128)
                 a0, a1 = _halves(low, BN, 64)
                 a2, a3 = _halves(high, BN, 64)
-                t0, u0 = _load_group(s_ptr, z_ptr, block * 4, groups, s_stride, rn, ZERO)
-                t1, u1 = _load_group(s_ptr, z_ptr, block * 4 + 1, groups, s_stride, rn, ZERO)
-                t2, u2 = _load_group(s_ptr, z_ptr, block * 4 + 2, groups, s_stride, rn, ZERO)
-                t3, u3 = _load_group(s_ptr, z_ptr, block * 4 + 3, groups, s_stride, rn, ZERO)
-                acc += _product(_minus(a0, u0, DECODE), x0, INT) * t0[:, None]
-                acc += _product(_minus(a1, u1, DECODE), x1, INT) * t1[:, None]
-                acc += _product(_minus(a2, u2, DECODE), x2, INT) * t2[:, None]
-                acc += _product(_minus(a3, u3, DECODE), x3, INT) * t3[:, None]
-        wp += UNROLL * 128 * WORDS
+                t0, u0 = _load_group(s_ptr, z_ptr, block * 4, groups, s_stride, rn, ZERO, MIDDLE)
+                t1, u1 = _load_group(s_ptr, z_ptr, block * 4 + 1, groups, s_stride, rn, ZERO, MIDDLE)
+                t2, u2 = _load_group(s_ptr, z_ptr, block * 4 + 2, groups, s_stride, rn, ZERO, MIDDLE)
+                t3, u3 = _load_group(s_ptr, z_ptr, block * 4 + 3, groups, s_stride, rn, ZERO, MIDDLE)
+                acc += _product(_minus(a0, u0, DECODE, ZERO, MIDDLE), x0, INT) * t0[:, None]
+                acc += _product(_minus(a1, u1, DECODE, ZERO, MIDDLE), x1, INT) * t1[:, None]
+                acc += _product(_minus(a2, u2, DECODE, ZERO, MIDDLE), x2, INT) * t2[:, None]
+                acc += _product(_minus(a3, u3, DECODE, ZERO, MIDDLE), x3, INT) * t3[:, None]
+        wp += UNROLL * TILE
+        hp += UNROLL * TILE
         xp += UNROLL * 128
     launch_next(PDL)  # not sooner: what starts early takes room on some multiprocessors and not on others
     total = acc.to(tl.float32)
@@ -220,8 +258,9 @@ def launcher(
     pdl = capable >= 90
     limit = {"maxnreg": config.registers} if config.registers else {}
     return Launcher(
-        _kernel, DECODE=decoder.kind, ASM=decoder.asm, FACTOR=decoder.factor, GROUP=group, ZERO=zero, SCALED=scaled,
-        BIAS=bias, F16=f16, EVEN_K=columns % (128 * config.unroll) == 0, BN=config.bn, BT=config.bt,
+        _kernel, DECODE=decoder.kind, ASM=decoder.asm, FACTOR=decoder.factor, WORDS=decoder.words,
+        HIGH=decoder.high, MIDDLE=decoder.middle, GROUP=group, ZERO=zero, SCALED=scaled, BIAS=bias, F16=f16,
+        EVEN_K=columns % (128 * config.unroll) == 0, BN=config.bn, BT=config.bt,
         SPLIT=config.split, TOKENS=config.tokens, UNROLL=config.unroll, PDL=pdl,
         num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl, **limit,
     )  # fmt: skip
@@ -246,13 +285,13 @@ def w4(
     Args:
         x: `[tokens, in]`, its rows contiguous: bfloat16 or float16; int8 for `int4_int8`; float8_e4m3fn for
             `table_e4m3`.
-        tiles: uint8 `[row tiles, column tiles, 128, 64]`, in the decoder's layout of `qfx.kernels.nibbles`.
+        tiles: uint8 `[row tiles, column tiles, 128, 16 · bits]`, in the decoder's layout of `qfx.kernels.nibbles`.
         scale: float32 `[groups, 128 · row tiles]`.
         zero: uint8 of that shape, or None; integer decoders only.
         bias: `[out]`.
         rows: `out`.
         group: columns that share a scale: 32, 64, a multiple of 128, or -1 for all of them.
-        decoder: what a nibble means.
+        decoder: what a code means.
         x_scale: float32 `[tokens]` of a quantized x.
         table: the 16 values of a table decoder (Triton's interpreter reads them).
         dtype: of the output; x's if it is a float of 16 bits.
@@ -269,7 +308,7 @@ def w4(
     capable = capability(x.device)
     if decoder is INT4_TO_E4M3 and INTERPRET:
         table = E4M3_NIBBLES
-    words = tiles.view(torch.int16) if decoder.kind in ("int4", "table") else tiles
+    words = tiles if decoder.kind in ("int4_int8", "table_e4m3") else tiles.view(torch.int16)
 
     def run(config: Config, words: Tensor) -> None:
         if config.chunk:

@@ -1,4 +1,4 @@
-"""Weights of 4 bits times up to 8 tokens: the warps of a program share the columns, not the rows.
+"""Weights of 2 to 8 bits times up to 8 tokens: the warps of a program share the columns, not the rows.
 
 A program owns 16 or 32 rows. Each of its warps multiplies every W-th block of 128 columns by its own slice of the
 tokens (a product with a batch axis, of which Triton gives each warp one), and the warps' sums meet in shared memory.
@@ -23,14 +23,16 @@ from qfx.kernels.gpu.pdl import launch_next, wait_for_previous
 def _kernel(
     x_ptr, x_scale_ptr, w_ptr, s_ptr, z_ptr, table_ptr, b_ptr, y_ptr,
     M, N, K, groups, x_stride, s_stride,
-    DECODE: tl.constexpr, ASM: tl.constexpr, FACTOR: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    DECODE: tl.constexpr, ASM: tl.constexpr, FACTOR: tl.constexpr, WORDS: tl.constexpr, HIGH: tl.constexpr,
+    MIDDLE: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     SCALED: tl.constexpr, BIAS: tl.constexpr, F16: tl.constexpr, EVEN_K: tl.constexpr,
     W: tl.constexpr, R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
     BT: tl.constexpr = 8  # the least that the tensor cores take
     INT: tl.constexpr = DECODE == "int4_int8"
-    WORDS: tl.constexpr = 32 if DECODE == "int4" or DECODE == "table" else 64  # 64 bytes in either case
+    INSIDE: tl.constexpr = ZERO and GROUP > 0 and not INT and DECODE != "int4"
+    TILE: tl.constexpr = 128 * (WORDS + HIGH)  # elements
     pn = tl.program_id(0)
     blocks = tl.cdiv(K, 128)
     rows = tl.arange(0, R)
@@ -39,16 +41,19 @@ def _kernel(
     rn = pn * R + rows
     live = rt < M
     # 128 rows of 128 columns are consecutive in memory, and R divides 128
-    tile = ((pn * R) // 128).to(tl.int64) * blocks * (128 * WORDS) + ((pn * R) % 128) * WORDS
+    tile = ((pn * R) // 128).to(tl.int64) * blocks * TILE
     words = rows[None, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
-    wp = w_ptr + tile + warp[:, None, None] * (128 * WORDS) + words
+    wp = w_ptr + (tile + ((pn * R) % 128) * WORDS) + warp[:, None, None] * TILE + words
+    if HIGH:  # the second plane of a tile
+        words = rows[None, :, None] * HIGH + tl.arange(0, HIGH)[None, None, :]
+        hp = w_ptr + (tile + ((pn * R) % 128) * HIGH + 128 * WORDS) + warp[:, None, None] * TILE + words
     rk = warp[:, None] * 128 + tl.arange(0, 128)[None, :]
     xp = x_ptr + rt.to(tl.int64)[None, None, :] * x_stride + rk[:, :, None]
     STEP: tl.constexpr = 128 if GROUP <= 0 else GROUP
     acc = tl.zeros((W, R, BT), tl.float32)
     sp = tl.minimum(warp * 128 // STEP, groups - 1)[:, None] * s_stride + rn[None, :]
     s = tl.load(s_ptr + sp)
-    z = tl.load(z_ptr + sp) if ZERO else tl.full((W, R), 8, tl.uint8)
+    z = tl.load(z_ptr + sp) if ZERO else tl.full((W, R), MIDDLE, tl.uint8)
     for block in range(0, blocks, W):
         if EVEN_K:
             w = tl.load(wp, eviction_policy="evict_first")
@@ -56,11 +61,20 @@ def _kernel(
         else:
             w = tl.load(wp, mask=(block + warp < blocks)[:, None, None], other=0)
             x = _load_x(xp, live[None, None, :] & (block * 128 + rk < K)[:, :, None])
+        h = None
+        if HIGH:
+            if EVEN_K:
+                h = tl.load(hp, eviction_policy="evict_first").reshape(W * R, HIGH)
+            else:
+                h = tl.load(hp, mask=(block + warp < blocks)[:, None, None], other=0).reshape(W * R, HIGH)
+            hp += W * TILE
         if GROUP > 0:  # the scales of the next blocks: their latency passes while these are computed
             sp = tl.minimum((block + W + warp) * 128 // STEP, groups - 1)[:, None] * s_stride + rn[None, :]
             s_next = tl.load(s_ptr + sp)
             z_next = tl.load(z_ptr + sp) if ZERO else z
-        flat = decode(w.reshape(W * R, WORDS), z.reshape(W * R), table_ptr, DECODE, ZERO, F16, ASM)
+        if INSIDE:  # see `qfx.kernels.gpu.w4`
+            z = tl.load(z_ptr + tl.minimum((block + warp) * 128 // STEP, groups - 1)[:, None] * s_stride + rn[None, :])
+        flat = decode(w.reshape(W * R, WORDS), z.reshape(W * R), table_ptr, DECODE, ZERO, F16, ASM, h)
         a = flat.reshape(W, R, 128)
         if INT:
             t = tl.dot(a, x, out_dtype=tl.int32).to(tl.float32)
@@ -69,7 +83,7 @@ def _kernel(
         acc += t * s[:, :, None]
         if GROUP > 0:
             s, z = s_next, z_next
-        wp += W * 128 * WORDS
+        wp += W * TILE
         xp += W * 128
     launch_next(PDL)
     total = tl.sum(acc, 0)
@@ -106,7 +120,8 @@ def launcher(
     zero, scaled, bias, f16, even_k = flags
     limit: dict[str, Any] = {"maxnreg": registers} if registers else {}
     return Launcher(
-        _kernel, DECODE=decoder.kind, ASM=decoder.asm, FACTOR=decoder.factor, GROUP=group, ZERO=zero, SCALED=scaled,
-        BIAS=bias, F16=f16, EVEN_K=even_k, W=warps, R=rows, PDL=pdl,
+        _kernel, DECODE=decoder.kind, ASM=decoder.asm, FACTOR=decoder.factor, WORDS=decoder.words,
+        HIGH=decoder.high, MIDDLE=decoder.middle, GROUP=group, ZERO=zero, SCALED=scaled, BIAS=bias, F16=f16,
+        EVEN_K=even_k, W=warps, R=rows, PDL=pdl,
         num_warps=warps, num_stages=stages, launch_pdl=pdl, **limit,
     )  # fmt: skip

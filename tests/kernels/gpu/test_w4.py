@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qfx.kernels import nf4_linear, nibbles, w4a8_linear, w4a16_linear
+from qfx.kernels import nf4_linear, w4a8_linear, w4a16_linear
 from qfx.kernels.pack import store
 from qfx.kernels.quantize_rows import quantize_activation
 from tests.kernels.law import U32, Case, make_case
@@ -72,13 +72,6 @@ def prepared(case: Case, module, **more) -> dict[str, Tensor | None]:
 @pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.bn}x{c.bt}x{c.split}x{c.unroll}{'shared' * c.shared}")
 def config(request, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "pick", lambda *_: request.param)
-
-
-@pytest.mark.parametrize("layout", nibbles.LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 1), (130, 7), (5, 260), (128, 128)])
-def test_tiles(layout: str, shape: tuple[int, int]) -> None:
-    codes = torch.randint(0, 16, shape, dtype=torch.uint8)
-    assert nibbles.untile(nibbles.tile(codes, layout), layout, *shape).equal(codes)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
