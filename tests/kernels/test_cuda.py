@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from qfx.core.spec import QSpec, parse_scheme
 from qfx.kernels import fp8_linear, int8_linear, quantize_rows, wna16_linear, wnaq_linear
 from qfx.kernels.quantize_rows import quantize_activation
