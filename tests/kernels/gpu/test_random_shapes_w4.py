@@ -102,7 +102,9 @@ def four_shapes(name: str, group: int, number: int, products: str) -> list[tuple
     """Of two regimes, by number."""
 
     def depth(r: Random, least: int, most: int) -> int:
-        return multiple(r, max(group, 8), max(least, group), most)
+        if group < 0 and number % 2:
+            return odd(r, least, most)
+        return multiple(r, max(group, 16), max(least, group), most)
 
     found = []
     for regime in (list(FOUR_REGIMES)[(number + i) % 6] for i in (0, 3)):
@@ -123,7 +125,7 @@ def test_w4a16(group: int, zeros: bool, dtype: torch.dtype) -> None:
         f = four(n, k, group, "quarters", zeros, False)
         x = integers(m, k, 2, dtype) if exact else normal(m, k, dtype, (None, 1e-4, 100.0)[i % 3])
         order = torch.randperm(k, device=DEVICE).to(torch.int32) if i % 5 == 4 else None
-        x = padded(x, 8) if i % 4 == 1 else x
+        x = padded(x, 16) if i % 4 == 1 else x
         bias = integers(1, n, 8, dtype).reshape(-1) if group > 64 else None
         args = (x, f.tiles, f.scale, f.zero, order, bias, n, group)
         out = torch.ops.qfx.w4a16_linear(*args)
@@ -175,7 +177,7 @@ def test_w4a8_linear(grid: str, group: int, zeros: bool) -> None:
         f = four(n, k, group, layout, zeros, True)
         x = normal(m, k, dtype, (None, *peaks(dtype)[1:])[i % 3] if dtype != F16 else None)
         order = torch.randperm(k, device=DEVICE).to(torch.int32) if i % 5 == 4 else None
-        x = padded(x, 8) if i % 4 == 1 else x
+        x = padded(x, 16) if i % 4 == 1 else x
         bias = integers(1, n, 8, dtype).reshape(-1) if group > 64 else None
         args = (x, f.tiles, f.scale, f.zero, order, bias, n, group, grid)
         out = torch.ops.qfx.w4a8_linear(*args)
@@ -188,7 +190,8 @@ def test_w4a8_linear(grid: str, group: int, zeros: bool) -> None:
     assert torch.ops.qfx.w4a8_linear(x[:0], *args[1:]).shape == (0, n)
 
 
-NF4 = [(g, t, d) for g, t in ((32, "nf4"), (64, "nf4"), (64, "fp4"), (128, "nf4"), (-1, "e2m1")) for d in (BF16, F16)]
+TABLES = [(32, "nf4"), (64, "nf4"), (64, "fp4_bnb"), (128, "nf4"), (-1, "e2m1")]
+NF4 = [(group, table, dtype) for group, table in TABLES for dtype in (BF16, F16)]
 
 
 @pytest.mark.parametrize(("group", "table", "dtype"), NF4)
@@ -199,7 +202,7 @@ def test_nf4(group: int, table: str, dtype: torch.dtype) -> None:
         exact = table == "e2m1" and i % 2 == 0
         f = four(n, k, group, "pairs", False, False, values)
         x = integers(m, k, 2, dtype) if exact else normal(m, k, dtype, (None, 1e-4, 100.0)[i % 3])
-        x = padded(x, 8) if i % 4 == 1 else x
+        x = padded(x, 16) if i % 4 == 1 else x
         bias = integers(1, n, 8, dtype).reshape(-1) if group == 64 else None
         args = (x, f.tiles, f.scale, bias, n, group, table)
         out = torch.ops.qfx.nf4_linear(*args)
