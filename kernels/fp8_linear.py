@@ -119,6 +119,8 @@ def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | Non
         return "fp8_linear: the input is not on a float grid"
     if not isinstance(w.grid, Float):
         return "fp8_linear: the weight is not on a float grid"
+    if w.scale is not None:
+        return "fp8_linear: the weight's scales are quantized"
     if w.block not in ((1, -1), (-1, -1)) or g_idx:
         return f"fp8_linear: the weight has blocks of {w.block}; it takes (1, -1) and (-1, -1)"
     reason = supports_input(x)

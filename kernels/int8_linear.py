@@ -168,6 +168,8 @@ def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | Non
         return "int8_linear: the input is not on an integer grid"
     if w.grid.dtype != torch.int8 or w.grid.bits != 8:
         return "int8_linear: the weight is not signed integers of 8 bits"
+    if w.scale is not None:
+        return "int8_linear: the weight's scales are quantized"
     if w.block not in ((1, -1), (-1, -1)) or g_idx:
         return f"int8_linear: the weight has blocks of {w.block}; it takes (1, -1) and (-1, -1)"
     if in_features > MAX_IN:

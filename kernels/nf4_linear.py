@@ -1,7 +1,7 @@
 """`qfx::nf4_linear`: weights of 4 bits on a table of 16 values (NF4, FP4) times float activations, for the GPU.
 
-A weight is `table[code] · absmax` of its block of 64 columns. QLoRA (Dettmers et al. 2023, arXiv 2305.14314) §3 and
-appendix E give NF4's table and the double quantization of `absmax`.
+A weight is `table[code] · absmax` of its block of 64 columns. `qfx::wna16_linear` computes the same from codes as they
+are stored, also with scales that are quantized themselves; here these are float32.
 """
 
 from __future__ import annotations
@@ -14,27 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qfx.core.errors import KernelError
+from qfx.core.grid import CODEBOOKS, Codebook
+from qfx.core.qtensor import encode_minmax
+from qfx.core.spec import QSpec, Scheme
 from qfx.kernels import nibbles
 
-TABLES: dict[str, tuple[float, ...]] = {
-    "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
-    "fp4": (
-        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
-        0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
-    ),
-    "e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
-}  # fmt: skip
-"""Values of the codes 0 to 15. `fp4` is bitsandbytes' table, `e2m1` that of the OCP microscaling formats."""
+TABLES = CODEBOOKS
+"""Values of the codes 0 to 15, by name."""
 
 CASES = [
     ((16,), 128, 32, 64, "nf4"),
     ((1,), 256, 64, 64, "nf4"),
-    ((3,), 192, 33, 64, "fp4"),
+    ((3,), 192, 33, 64, "fp4_bnb"),
     ((2, 3), 160, 24, 32, "e2m1"),
     ((7,), 256, 17, 128, "nf4"),
     ((0,), 128, 8, 64, "nf4"),
@@ -168,21 +159,27 @@ def quantize(w: Tensor, group: int = 64, table_name: str = "nf4") -> tuple[Tenso
 
     Returns:
         Codes uint8 `[out, in]`, and float32 `[out, blocks]`: the largest magnitude of each block, divided by the
-        table's largest value.
+        table's largest value; 1 for a block of zeros.
 
     Raises:
         KernelError: the blocks do not divide the columns, or there is no such table.
     """
-    if group > 0 and w.shape[1] % group:
-        raise KernelError(f"nf4_linear: blocks of {group} do not divide {w.shape[1]} columns")
-    values = table(table_name, w.device)
-    blocks = w.float().unflatten(1, (-1, w.shape[1] if group < 0 else group))
-    absmax = blocks.abs().amax(-1) / values.abs().max()
-    # the midpoints between neighbouring values decide; codes of equal values (0 and -0) are both right
-    ordered, index = values.sort(stable=True)
-    normal = blocks / torch.where(absmax == 0, 1.0, absmax).unsqueeze(-1)
-    place = torch.bucketize(normal.flatten(1), (ordered[1:] + ordered[:-1]) / 2)
-    return index[place].to(torch.uint8), absmax
+    try:
+        q = encode_minmax(w, QSpec(Codebook(table_name), (1, group)))
+    except ValueError as e:
+        raise KernelError(f"nf4_linear: {e}") from None
+    return q.codes, q.scale
+
+
+def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | None:
+    """None if the op computes a linear of this scheme, otherwise the reason why not."""
+    if scheme.input is not None:
+        return "nf4_linear: the input is quantized"
+    if not isinstance(scheme.weight.grid, Codebook):
+        return "nf4_linear: the weight is not on a codebook"
+    if g_idx:
+        return "nf4_linear: the columns of a group are not neighbours"
+    return nibbles.supports_group("nf4_linear", scheme, in_features)
 
 
 def prepare(codes: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:

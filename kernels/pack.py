@@ -8,15 +8,16 @@ two's complement: -1 of four bits is 0b1111.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qfx.core.errors import KernelError
-from qfx.core.grid import Int
-from qfx.core.qtensor import QTensor
+from qfx.core.grid import Codebook, Int
+from qfx.core.qtensor import QTensor, blocks_of_scales, dequantize_scale, quantize_scale
 from qfx.core.spec import QSpec
 
 CASES: list[tuple[int, tuple[int, ...]]] = [
@@ -103,24 +104,31 @@ def dequantize(
     bits: int,
     columns: int,
     signed: bool,
+    table: str = "",
+    scale_scale: Tensor | None = None,
+    scale_block: int = 0,
 ) -> Tensor:
     """The weight that stored codes stand for, bit-equal to `QTensor.dequantize`.
 
     Args:
         codes: packed uint8 if `bits` < 8, otherwise int8, uint8 or float8 `[..., out, in]`.
-        scale: `[..., rows, groups]`, rows being `out` or 1; any float dtype.
+        scale: `[..., rows, groups]`, rows being `out` or 1; any float dtype, or the codes of quantized scales.
         zero: integers of the scale's shape, or None.
         g_idx: int32 or int64 `[in]`, the group of each column, or None if groups are consecutive.
         bits: bits of a code.
         columns: `in`.
-        signed: whether packed codes are two's complement.
+        signed: whether packed codes are two's complement; those of a codebook are not.
+        table: the name of the codebook, or "": a code is its own value.
+        scale_scale: float32 `[..., blocks]` of quantized scales, or None.
+        scale_block: how many scales share one of those, or -1.
 
     Returns:
         float32 `[..., out, in]`.
     """
     if bits < 8:
-        codes = unpack(codes, bits, columns, signed)
-    values, scale = codes.to(torch.float32), scale.to(torch.float32)
+        codes = unpack(codes, bits, columns, signed and not table)
+    values = Codebook(table).decode(codes) if table else codes.to(torch.float32)
+    scale = scale.to(torch.float32) if scale_scale is None else dequantize_scale(scale, scale_scale, scale_block)
     if g_idx is not None:
         if zero is not None:
             values = values - zero.index_select(-1, g_idx)
@@ -136,10 +144,11 @@ def store(q: QTensor) -> dict[str, Tensor | None]:
     """The tensors that hold a weight, as the linear ops and `dequantize` take them.
 
     Returns:
-        `codes` (packed below 8 bits), `scale` float32, `zero` uint8 or None, `g_idx` int32 or None.
+        `codes` (packed below 8 bits), `scale` float32, `zero` uint8 or None, `g_idx` int32 or None, `scale_scale` None;
+        of quantized scales, `scale` is their codes and `scale_scale` float32 `[..., blocks]`.
 
     Raises:
-        KernelError: a zero point lies outside 0..255.
+        KernelError: a zero point lies outside 0..255, or the scales are not those that `encode` gives.
     """
     zero, bits = q.zero, q.spec.grid.bits
     if zero is not None:
@@ -148,7 +157,73 @@ def store(q: QTensor) -> dict[str, Tensor | None]:
         zero = zero.to(torch.uint8)
     codes = pack(q.codes, bits) if bits < 8 else q.codes
     g_idx = None if q.g_idx is None else q.g_idx.to(torch.int32)
-    return {"codes": codes, "scale": q.scale.to(torch.float32), "zero": zero, "g_idx": g_idx}
+    stored = {"codes": codes, "scale": q.scale.to(torch.float32), "zero": zero, "g_idx": g_idx}
+    return store_scale(stored, q.spec)
+
+
+def store_scale(plain: Mapping[str, Tensor | None], spec: QSpec) -> dict[str, Tensor | None]:
+    """A weight with float32 scales as `store` gives it: with the codes of its scales, if the spec quantizes those.
+
+    Raises:
+        KernelError: the scales are not what such codes stand for.
+    """
+    stored = {**plain, "scale_scale": None}
+    if spec.scale is None:
+        return stored
+    scale = plain["scale"]
+    assert scale is not None
+    stored["scale"], second = quantize_scale(scale, spec)
+    stored["scale_scale"] = second
+    if not scale.is_meta and not torch.equal(dequantize_scale(stored["scale"], second, spec.scale.block[1]), scale):
+        raise KernelError(
+            "store: the scales are not on the grid of their own spec; qfx.core.qtensor.encode rounds them"
+        )
+    return stored
+
+
+def plain_scale(stored: Mapping[str, Tensor | None], spec: QSpec) -> dict[str, Tensor | None]:
+    """The inverse of `store_scale`: the same weight with float32 scales, as kernels lay it out."""
+    plain = {key: value for key, value in stored.items() if key != "scale_scale"}
+    if spec.scale is not None:
+        codes, second = stored["scale"], stored["scale_scale"]
+        assert codes is not None and second is not None
+        plain["scale"] = dequantize_scale(codes, second, spec.scale.block[1])
+    return plain
+
+
+def kernel_scale(stored: Mapping[str, Tensor | None], spec: QSpec) -> dict[str, Tensor | None]:
+    """`plain_scale`, for a weight that is to come back bit for bit.
+
+    Raises:
+        KernelError: `store_scale` would not give the same codes.
+    """
+    plain = plain_scale(stored, spec)
+    if spec.scale is not None:
+        scale = plain["scale"]
+        assert scale is not None
+        again = dict(zip(("scale", "scale_scale"), quantize_scale(scale, spec), strict=True))
+        for key, value in again.items():
+            was = stored[key]
+            assert was is not None
+            if not value.is_meta and not torch.equal(value.view(torch.uint8), was.view(torch.uint8)):
+                raise KernelError("lower: other codes of scales than qfx would give; they stay as they are stored")
+    return plain
+
+
+def layout(spec: QSpec) -> tuple[int, bool, str, int]:
+    """What `dequantize` needs to know of a format: `bits`, `signed`, `table`, `scale_block`."""
+    grid = spec.grid
+    signed, table = isinstance(grid, Int) and grid.signed, grid.name if isinstance(grid, Codebook) else ""
+    return grid.bits, signed, table, 0 if spec.scale is None else spec.scale.block[1]
+
+
+def dequantize_stored(stored: Mapping[str, Tensor | None], spec: QSpec, columns: int) -> Tensor:
+    """The weight, float32 `[..., out, in]`, that `store` was given."""
+    bits, signed, table, block = layout(spec)
+    codes, scale, zero, g_idx = (stored[key] for key in ("codes", "scale", "zero", "g_idx"))
+    assert codes is not None and scale is not None
+    form: dict[str, Any] = {"bits": bits, "columns": columns, "signed": signed, "table": table}
+    return dequantize(codes, scale, zero, g_idx, **form, scale_scale=stored.get("scale_scale"), scale_block=block)
 
 
 def empty_store(
@@ -160,21 +235,28 @@ def empty_store(
         codes = torch.zeros(*shape[:-1], packed_columns(columns, bits), dtype=torch.uint8, device=device)
     else:
         codes = torch.zeros(shape, dtype=spec.grid.dtype, device=device)
-    scales = (*shape[:-2], 1 if spec.block[0] == -1 else shape[-2], spec.groups(columns))
+    scales = torch.Size((*shape[:-2], 1 if spec.block[0] == -1 else shape[-2], spec.groups(columns)))
+    inner = spec.scale
+    second = None
+    if inner is not None:
+        second = torch.ones(blocks_of_scales(scales, inner.block[1]), device=device, dtype=torch.float32)
     return {
         "codes": codes,
-        "scale": torch.ones(scales, device=device, dtype=torch.float32),
+        "scale": torch.ones(scales, device=device).to(torch.float32 if inner is None else inner.grid.dtype),
         "zero": None if spec.symmetric else torch.zeros(scales, dtype=torch.uint8, device=device),
         "g_idx": torch.zeros(columns, dtype=torch.int32, device=device) if g_idx else None,
+        "scale_scale": second,
     }
 
 
-def restore(stored: dict[str, Tensor | None], spec: QSpec, columns: int) -> QTensor:
+def restore(stored: Mapping[str, Tensor | None], spec: QSpec, columns: int) -> QTensor:
     """The weight that `store` was given."""
-    codes, scale, zero, g_idx = (stored[key] for key in ("codes", "scale", "zero", "g_idx"))
+    plain = plain_scale(stored, spec)
+    codes, scale, zero, g_idx = (plain[key] for key in ("codes", "scale", "zero", "g_idx"))
     assert codes is not None and scale is not None
-    if spec.grid.bits < 8:
-        codes = unpack(codes, spec.grid.bits, columns, isinstance(spec.grid, Int) and spec.grid.signed)
+    bits, signed, *_ = layout(spec)
+    if bits < 8:
+        codes = unpack(codes, bits, columns, signed)
     zero = None if zero is None else zero.to(torch.int32)
     return QTensor(codes, scale, zero, spec, None if g_idx is None else g_idx.to(torch.int64))
 

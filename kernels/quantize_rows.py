@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qfx.core.errors import KernelError
-from qfx.core.grid import E4M3, E5M2, Float, Grid, Int
+from qfx.core.grid import E4M3, E5M2, Codebook, Float, Grid, Int
 from qfx.core.qtensor import dynamic_scale
 from qfx.core.spec import QSpec
 
@@ -37,6 +37,8 @@ def grid_name(grid: Grid) -> str:
     """The name of a grid, as ops take it."""
     if isinstance(grid, Float):
         return f"e{grid.exp}m{grid.man}"
+    if isinstance(grid, Codebook):
+        return grid.name
     return f"{'' if grid.signed else 'u'}int{grid.bits}{'_narrow' if grid.narrow else ''}"
 
 
@@ -162,6 +164,8 @@ def supports(spec: QSpec) -> str | None:
 
 def supports_input(spec: QSpec) -> str | None:
     """None if the linear ops quantize their input by this spec, otherwise the reason why not."""
+    if isinstance(spec.grid, Codebook):
+        return f"an activation on the codebook {spec.grid.name}; use an integer or a float8 grid"
     if spec.block == (-1, -1) or (spec.dynamic and spec.block == (1, -1)):
         return None
     if spec.dynamic:

@@ -1,4 +1,4 @@
-"""`qfx::wna16_linear`: weights of 1 to 8 bits (or float8) times float activations (W4A16, W4A16_ASYM, W8A16)."""
+"""`qfx::wna16_linear`: weights of 1 to 8 bits (or float8) times float activations (W4A16, W4A16_ASYM, W8A16, NF4)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ CASES = [
     ((3, 1, 2), 24, 5, "W1A16_ASYM_G8"),
     ((4,), 33, 17, "W8A16"),
     ((4,), 36, 17, "W8A16_ASYM_G12"),
+    ((5,), 36, 17, "NF4_G12"),
+    ((5,), 36, 211, "NF4_DQ_G12"),
+    ((3,), 33, 9, "FP4_DQ_CHANNEL"),
+    ((2,), 64, 9, "FP4_BNB"),
 ]
 """(leading dims, in_features, out_features, scheme)."""
 
@@ -42,6 +46,9 @@ def wna16_linear(
     bits: int = 4,
     in_features: int = 0,
     signed: bool = True,
+    table: str = "",
+    scale_scale: Tensor | None = None,
+    scale_block: int = 0,
 ) -> Tensor:
     """`F.linear(x, w, bias)` with the weight dequantized in float32, then cast to x's dtype.
 
@@ -49,13 +56,16 @@ def wna16_linear(
         x: `[..., in]`, any float dtype.
         codes: uint8 `[out, ceil(in / 8) * bits]` as `pack` writes it if `bits` < 8, otherwise int8,
             uint8 or float8 `[out, in]`.
-        scale: `[out or 1, groups]`, any float dtype.
+        scale: `[out or 1, groups]`, any float dtype, or the codes of quantized scales.
         zero: integers of the scale's shape, or None if symmetric.
         g_idx: int32 or int64 `[in]`, the group of each column, or None if groups are consecutive.
         bias: `[out]` or None.
         bits: bits of a code, 1 to 8.
         in_features: `in`, which a packed row does not tell.
         signed: whether packed codes are two's complement.
+        table: the name of the codebook, or "": a code is its own value.
+        scale_scale: float32 `[blocks]` of quantized scales, or None.
+        scale_block: how many scales share one of those, or -1.
 
     Returns:
         `[..., out]` of x's dtype.
@@ -64,7 +74,8 @@ def wna16_linear(
         KernelError: shapes or dtypes do not fit.
     """
     check("wna16_linear", x, codes, scale, g_idx, bits, in_features)
-    w = dequantize(codes, scale, zero, g_idx, bits=bits, columns=in_features, signed=signed).to(x.dtype)
+    layout: dict[str, Any] = {"bits": bits, "columns": in_features, "signed": signed, "table": table}
+    w = dequantize(codes, scale, zero, g_idx, **layout, scale_scale=scale_scale, scale_block=scale_block).to(x.dtype)
     y = F.linear(x.reshape(-1, in_features), w, None if bias is None else bias.to(x.dtype))
     return y.reshape(*x.shape[:-1], codes.shape[0])
 
@@ -80,24 +91,28 @@ def _(
     bits: int = 4,
     in_features: int = 0,
     signed: bool = True,
+    table: str = "",
+    scale_scale: Tensor | None = None,
+    scale_block: int = 0,
 ) -> Tensor:
     check("wna16_linear", x, codes, scale, g_idx, bits, in_features)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scale, zero, g_idx, bias, bits, in_features, signed = inputs
-    ctx.save_for_backward(codes, scale, zero, g_idx)
-    ctx.layout = {"bits": bits, "columns": in_features, "signed": signed}
+    _, codes, scale, zero, g_idx, bias, bits, in_features, signed, table, scale_scale, scale_block = inputs
+    ctx.save_for_backward(codes, scale, zero, g_idx, scale_scale)
+    ctx.layout = {"bits": bits, "columns": in_features, "signed": signed, "table": table, "scale_block": scale_block}
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    w = dequantize(*ctx.saved_tensors, **ctx.layout).to(grad.dtype)
+    *weight, scale_scale = ctx.saved_tensors
+    w = dequantize(*weight, scale_scale=scale_scale, **ctx.layout).to(grad.dtype)
     flat = grad.reshape(-1, grad.shape[-1])
     bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
     x_grad = (flat @ w).reshape(*grad.shape[:-1], w.shape[1])
-    return x_grad, None, None, None, None, bias_grad, None, None, None
+    return x_grad, None, None, None, None, bias_grad, *[None] * 6
 
 
 wna16_linear.register_autograd(_backward, setup_context=_setup)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qfx.core.spec import Scheme
+from qfx.core.spec import Scheme, parse_scheme
 from qfx.kernels.pack import dequantize
 from qfx.kernels.quantize_rows import named_grid, quantize_activation, supports_input
 from qfx.kernels.wna16_linear import check, supports_weight
@@ -23,6 +24,7 @@ CASES = [
     ((4,), 48, 16, "W8A8_G16_STATIC"),
     ((3, 1, 2), 24, 5, "W2A4_ASYM_G8"),
     ((3,), 28, 5, "W6A6_TENSOR"),
+    ((3,), 36, 5, replace(parse_scheme("NF4_DQ_G12"), input=parse_scheme("W8A8").input)),
 ]
 """(leading dims, in_features, out_features, scheme)."""
 
@@ -42,6 +44,9 @@ def wnaq_linear(
     signed: bool = True,
     x_grid: str = "int8_narrow",
     per_tensor: bool = False,
+    table: str = "",
+    scale_scale: Tensor | None = None,
+    scale_block: int = 0,
 ) -> Tensor:
     """`fake_quantize(x) @ dequantize(w).T + bias`, all in float32.
 
@@ -49,7 +54,7 @@ def wnaq_linear(
         x: `[..., in]`, any float dtype.
         codes: uint8 `[out, ceil(in / 8) * bits]` as `pack` writes it if `bits` < 8, otherwise int8,
             uint8 or float8 `[out, in]`.
-        scale: `[out or 1, groups]`, any float dtype.
+        scale: `[out or 1, groups]`, any float dtype, or the codes of quantized scales.
         zero: integers of the scale's shape, or None if symmetric.
         g_idx: int32 or int64 `[in]`, the group of each column, or None if groups are consecutive.
         bias: `[out]` or None.
@@ -60,6 +65,9 @@ def wnaq_linear(
         signed: whether packed codes are two's complement.
         x_grid: name of the input's grid.
         per_tensor: a dynamic input has one scale, not one for each token.
+        table: the name of the weight's codebook, or "": a code is its own value.
+        scale_scale: float32 `[blocks]` of quantized scales of the weight, or None.
+        scale_block: how many scales share one of those, or -1.
 
     Returns:
         `[..., out]` of x's dtype.
@@ -69,7 +77,8 @@ def wnaq_linear(
     """
     check("wnaq_linear", x, codes, scale, g_idx, bits, in_features)
     q, s, z = quantize_activation(x.reshape(-1, in_features), x_grid, x_scale, x_zero, per_tensor)
-    w = dequantize(codes, scale, zero, g_idx, bits=bits, columns=in_features, signed=signed)
+    layout: dict[str, Any] = {"bits": bits, "columns": in_features, "signed": signed, "table": table}
+    w = dequantize(codes, scale, zero, g_idx, **layout, scale_scale=scale_scale, scale_block=scale_block)
     values = q.float() if z is None else q.float() - z
     y = (values @ w.t()) * s  # one factor for each token: exact enough behind the sum, and cheaper
     if bias is not None:
@@ -92,6 +101,9 @@ def _(
     signed: bool = True,
     x_grid: str = "int8_narrow",
     per_tensor: bool = False,
+    table: str = "",
+    scale_scale: Tensor | None = None,
+    scale_block: int = 0,
 ) -> Tensor:
     check("wnaq_linear", x, codes, scale, g_idx, bits, in_features)
     named_grid(x_grid)
@@ -99,18 +111,19 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scale, zero, g_idx, bias, _, _, bits, in_features, signed, _, _ = inputs
-    ctx.save_for_backward(codes, scale, zero, g_idx)
-    ctx.layout = {"bits": bits, "columns": in_features, "signed": signed}
+    _, codes, scale, zero, g_idx, bias, _, _, bits, in_features, signed, _, _, table, scale_scale, scale_block = inputs
+    ctx.save_for_backward(codes, scale, zero, g_idx, scale_scale)
+    ctx.layout = {"bits": bits, "columns": in_features, "signed": signed, "table": table, "scale_block": scale_block}
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    w = dequantize(*ctx.saved_tensors, **ctx.layout)
+    *weight, scale_scale = ctx.saved_tensors
+    w = dequantize(*weight, scale_scale=scale_scale, **ctx.layout)
     flat = grad.float().reshape(-1, grad.shape[-1])
     bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
     x_grad = (flat @ w).to(grad.dtype).reshape(*grad.shape[:-1], w.shape[1])
-    return x_grad, None, None, None, None, bias_grad, *[None] * 7
+    return x_grad, None, None, None, None, bias_grad, *[None] * 10
 
 
 # rounding counts as the identity (straight through), so that adapters train on a quantized base

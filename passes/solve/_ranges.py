@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qfx.core.errors import SolverError
-from qfx.core.qtensor import blocked, fake_quantize, scale_from_range
+from qfx.core.qtensor import blocked, fake_quantize, scale_from_range, stored_scale
 from qfx.core.spec import QSpec
 
 CLIPS = ("minmax", "mse", "output")
@@ -63,14 +63,19 @@ def weight_range(
     values = _blocks(w.float(), spec)
     lo, hi = values.amin(-1), values.amax(-1)
     if clip == "minmax":
-        return scale_from_range(lo, hi, spec)
+        return _rounded(*scale_from_range(lo, hi, spec), spec)
     power, weights = norm, None
     if clip == "output" and importance is not None:
         check_finite(hessian=importance)
         power, weights = 2.0, _blocks(importance.float().unsqueeze(-2).expand_as(w), spec)
     shrinks = [1 - i / grid for i in range(max(1, round(maxshrink * grid)))]
     best = _best_shrink(values, lo, hi, weights, spec, power, shrinks)
-    return scale_from_range(lo * best, hi * best, spec)
+    return _rounded(*scale_from_range(lo * best, hi * best, spec), spec)
+
+
+def _rounded(scale: Tensor, zero: Tensor | None, spec: QSpec) -> tuple[Tensor, Tensor | None]:
+    """Scales that are quantized themselves as they will be."""
+    return stored_scale(scale, spec), zero
 
 
 def check_finite(**tensors: Tensor) -> None:

@@ -91,8 +91,8 @@ def gptq(
         The weight and a report. Every value is the one whose error was handed on.
 
     Raises:
-        SolverError: shapes that do not fit, values that are not finite, or a group size that does not
-            divide the columns.
+        SolverError: shapes that do not fit, values that are not finite, a group size that does not
+            divide the columns, or scales that are to be quantized but are not known beforehand.
     """
     start = time.perf_counter()
     if w.dim() != 2 or hessian.shape != (w.shape[1], w.shape[1]):
@@ -102,6 +102,8 @@ def gptq(
         )
     if block_size < 1:
         raise SolverError(f"gptq: block_size {block_size} columns; use 1 or more")
+    if spec.scale is not None and not static_groups and spec.groups(w.shape[1]) > 1:
+        raise SolverError("gptq: quantized scales share scales across groups; use static_groups=True")
     check_finite(weight=w, hessian=hessian)
     if factor is None:
         factor = prepare(hessian, damp=damp, act_order=act_order, dtype=dtype)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .grid import Int
+from .grid import Codebook, Int
 from .spec import QSpec
 
 TINY = torch.finfo(torch.float32).tiny
@@ -23,7 +24,7 @@ class QTensor:
 
     Attributes:
         codes: `[..., out, in]`, dtype `spec.grid.dtype`.
-        scale: float32 `[..., rows, groups]`.
+        scale: float32 `[..., rows, groups]`; if the spec quantizes scales, what their codes stand for.
         zero: int32 of the scale's shape, or None if symmetric.
         spec: how it was quantized.
         g_idx: int64 `[in]`, the group of each column if groups are not consecutive (act_order without static groups).
@@ -56,10 +57,14 @@ class QTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight: codes, 16 bits a scale, and the zero points."""
-        n = self.codes.numel()
-        extra = self.scale.numel() * 16 + (0 if self.zero is None else self.zero.numel() * self.spec.grid.bits)
-        return self.spec.grid.bits + extra / max(n, 1)
+        """Stored bits per weight: codes, scales, and zero points."""
+        inner, scales = self.spec.scale, self.scale.numel()
+        extra = 0 if self.zero is None else self.zero.numel() * self.spec.grid.bits
+        if inner is None:
+            extra += 32 * scales
+        else:
+            extra += inner.grid.bits * scales + 32 * blocks_of_scales(self.scale.shape, inner.block[1]).numel()
+        return self.spec.grid.bits + extra / max(self.codes.numel(), 1)
 
 
 def spread(per_group: Tensor, columns: int, g_idx: Tensor | None = None) -> Tensor:
@@ -85,13 +90,14 @@ def scale_from_range(lo: Tensor, hi: Tensor, spec: QSpec) -> tuple[Tensor, Tenso
 
     Symmetric: `scale = max(|lo|, |hi|) / reach`, zero None. Asymmetric: the range is widened to hold 0, `scale = (hi -
         lo) /
-    (2^b - 1)`, `zero = round(-lo / scale)`. An all-zero block has scale 1. float32, the shape of `lo`.
+    (2^b - 1)`, `zero = round(-lo / scale)`. An all-zero block has scale 1, or the least one if the scales are to be
+    quantized: it has no say in their range. float32, the shape of `lo`.
     """
     lo, hi = lo.float(), hi.float()
     if spec.symmetric:
         top = torch.maximum(lo.abs(), hi.abs())
-        scale = torch.where(top > 0, _divide(top, spec.grid.reach).clamp_min(TINY), torch.ones_like(top))
-        return scale, None
+        empty = torch.full_like(top, 1 if spec.scale is None else TINY)
+        return torch.where(top > 0, _divide(top, spec.grid.reach).clamp_min(TINY), empty), None
     assert isinstance(spec.grid, Int)
     lo, hi = lo.clamp_max(0), hi.clamp_min(0)
     span = hi - lo
@@ -105,16 +111,62 @@ def _divide(x: Tensor, by: float) -> Tensor:
     return x / torch.full_like(x, by)
 
 
+def blocks_of_scales(shape: torch.Size, block: int) -> torch.Size:
+    """The shape of the second scales of scales `[..., rows, groups]`: one for `block` neighbours in memory."""
+    count = shape[-2] * shape[-1]
+    return torch.Size((*shape[:-2], 1 if block == -1 else -(-count // block)))
+
+
+def quantize_scale(scale: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
+    """Codes of a weight's scales, by `spec.scale`, and the second scales: a code times its second scale is the scale.
+
+    A second scale has 16 significant bits, so that the product is exact and what was quantized once is quantized
+    again without a change of a bit. No scale becomes zero.
+
+    Args:
+        scale: `[..., rows, groups]`, positive.
+        spec: the weight's format.
+
+    Returns:
+        Codes of the scales' shape, and float32 `[..., blocks]`.
+    """
+    inner = spec.scale
+    assert inner is not None and not isinstance(inner.grid, Codebook)
+    flat = scale.float().flatten(-2)
+    shape = blocks_of_scales(scale.shape, inner.block[1])
+    size = flat.shape[-1] if inner.block[1] == -1 else inner.block[1]
+    blocks = F.pad(flat, (0, -flat.shape[-1] % size)).unflatten(-1, (shape[-1], size))
+    top = blocks.amax(-1)
+    second = scale_from_range(torch.zeros_like(top), top, inner)[0].view(torch.int32)
+    second = ((second + 0x80) & -0x100).view(torch.float32)
+    codes = inner.grid.encode((blocks / second.unsqueeze(-1)).clamp_min(inner.grid.least))
+    return codes.flatten(-2)[..., : flat.shape[-1]].reshape(scale.shape), second
+
+
+def dequantize_scale(codes: Tensor, second: Tensor, block: int) -> Tensor:
+    """float32 scales `[..., rows, groups]` from what `quantize_scale` gives; `block` is that of `spec.scale`."""
+    flat = codes.to(torch.float32).flatten(-2)
+    if block != -1:
+        second = second.repeat_interleave(block, -1)[..., : flat.shape[-1]]
+    return (flat * second).view(codes.shape)
+
+
+def stored_scale(scale: Tensor, spec: QSpec) -> Tensor:
+    """The scales that a weight gets: those given, or the nearest that the codes of its scales stand for."""
+    return scale if spec.scale is None else dequantize_scale(*quantize_scale(scale, spec), spec.scale.block[1])
+
+
 def encode(w: Tensor, scale: Tensor, zero: Tensor | None, spec: QSpec, g_idx: Tensor | None = None) -> QTensor:
     """Rounds a weight to the nearest codes of given scales.
 
     Args:
         w: `[..., out, in]`.
-        scale: `[..., rows, groups]`.
+        scale: `[..., rows, groups]`; quantized first, if the spec says so.
         zero: of the scale's shape, or None.
         spec: the format.
         g_idx: the group of each column, if not consecutive.
     """
+    scale = stored_scale(scale, spec)
     x = w.float() / spread(scale, w.shape[-1], g_idx)
     if zero is None:
         return QTensor(spec.grid.encode(x), scale, None, spec, g_idx)

@@ -1,7 +1,8 @@
 """How one tensor (`QSpec`) and one layer (`Scheme`) are represented, and the names that the field uses for them.
 
 The grammar of names is `W<bits>A<bits>` with suffixes, and compressed-tensors' own names where it has one:
-`W8A8`, `W4A16`, `W4A16_ASYM`, `W8A16`, `W4A8`, `FP8`, `FP8_DYNAMIC`.
+`W8A8`, `W4A16`, `W4A16_ASYM`, `W8A16`, `W4A8`, `FP8`, `FP8_DYNAMIC`. Weights on a table of 16 values are `NF4`, `FP4`
+and `FP4_BNB`, with suffixes, too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import RecipeError
-from .grid import E4M3, E5M2, Grid, Int, grid_from_dict, grid_to_dict
+from .grid import E4M3, E5M2, Codebook, Float, Grid, Int, grid_from_dict, grid_to_dict
 
 GROUP = 128
 """Group size of weight-only schemes whose name gives none, as in compressed-tensors and GPTQ."""
@@ -30,12 +31,16 @@ class QSpec:
             tensor, (1, 128) groups of 128 inputs.
         symmetric: no zero point. Asymmetric needs an unsigned grid.
         dynamic: the scale is computed from the tensor at run time (activations only).
+        scale: how the scales are quantized themselves (double quantization; weights only), or None: they are float32.
+            Its block (1, n) is n scales that follow each other in memory, (-1, -1) all of them. Scales are positive:
+            an asymmetric integer grid has no zero point to store then.
     """
 
     grid: Grid
     block: tuple[int, int] = (1, -1)
     symmetric: bool = True
     dynamic: bool = False
+    scale: QSpec | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no quantizer computes."""
@@ -45,6 +50,14 @@ class QSpec:
             raise ValueError("spec: an asymmetric spec needs an unsigned integer grid")
         if self.symmetric and isinstance(self.grid, Int) and not self.grid.signed:
             raise ValueError("spec: a symmetric spec needs a signed grid")
+        if (inner := self.scale) is None:
+            return
+        if self.dynamic or not self.symmetric:
+            raise ValueError("spec: scales of dynamic and of asymmetric specs are not quantized")
+        if inner.dynamic or inner.scale or not (inner.grid == Int(8, signed=False) or isinstance(inner.grid, Float)):
+            raise ValueError("spec: scales are quantized on the asymmetric grid of uint8 or on a float8 grid")
+        if inner.block[0] != 1 and inner.block != (-1, -1):
+            raise ValueError(f"spec: scales in blocks of {inner.block}; use (1, n), or (-1, -1) for all of them")
 
     def groups(self, columns: int) -> int:
         """How many scales one row of `columns` values has; raises ValueError if the block does not divide them."""
@@ -57,12 +70,13 @@ class QSpec:
 
     def to_dict(self) -> dict[str, object]:
         """A JSON-ready description."""
-        return {
+        data: dict[str, object] = {
             "grid": grid_to_dict(self.grid),
             "block": list(self.block),
             "symmetric": self.symmetric,
             "dynamic": self.dynamic,
         }
+        return data if self.scale is None else {**data, "scale": self.scale.to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> QSpec:
@@ -70,6 +84,8 @@ class QSpec:
         fields = dict(data)
         grid = grid_from_dict(dict(fields.pop("grid")))  # type: ignore[call-overload]
         block: Any = fields.pop("block")
+        if (inner := fields.pop("scale", None)) is not None:
+            fields["scale"] = cls.from_dict(inner)  # type: ignore[arg-type]
         try:
             return cls(grid, (block[0], block[1]), **fields)  # type: ignore[arg-type]
         except TypeError as e:
@@ -103,6 +119,9 @@ class Scheme:
         )
 
 
+DOUBLE = QSpec(Int(8, signed=False), (1, 256), symmetric=False)
+"""Scales of 8 bits in blocks of 256, as in QLoRA (arXiv 2305.14314, section 3)."""
+
 PRESETS = {
     "INT8": "W8A8",
     "FP8": Scheme(QSpec(E4M3, (-1, -1)), QSpec(E4M3, (-1, -1))),
@@ -110,7 +129,13 @@ PRESETS = {
     "FP8_E5M2": Scheme(QSpec(E5M2, (-1, -1)), QSpec(E5M2, (-1, -1))),
     "FP8_E5M2_DYNAMIC": Scheme(QSpec(E5M2, (1, -1)), QSpec(E5M2, (1, -1), dynamic=True)),
     "W4AFP8": Scheme(QSpec(Int(4), (1, GROUP)), QSpec(E4M3, (1, -1), dynamic=True)),
+    "NF4": Scheme(QSpec(Codebook("nf4"), (1, 64))),
+    "NF4_DQ": Scheme(QSpec(Codebook("nf4"), (1, 64), scale=DOUBLE)),
+    "FP4": Scheme(QSpec(Codebook("e2m1"), (1, 64))),
+    "FP4_BNB": Scheme(QSpec(Codebook("fp4_bnb"), (1, 64))),
 }
+_TABLES = {"NF4": "nf4", "FP4": "e2m1", "FP4_BNB": "fp4_bnb"}
+_TABLE_NAME = re.compile(r"(?P<table>NF4|FP4_BNB|FP4)(?P<double>_DQ)?(?:_G(?P<group>[1-9]\d*)|(?P<channel>_CHANNEL))?")
 _NAME = re.compile(
     r"W(?P<w>\d+)A(?P<a>\d+)(?P<flags>(?:_(?:ASYM|STATIC|STATIC_ASYM|TENSOR|CHANNEL|G\d+))*)", re.IGNORECASE
 )
@@ -124,6 +149,9 @@ def parse_scheme(name: str) -> Scheme:
     scale per token. Suffixes: `_ASYM` (weights with zero points), `_STATIC` (per-tensor activation scales from
     calibration), `_STATIC_ASYM` (those with a zero point), `_G<size>`, `_CHANNEL`, `_TENSOR` (the weight's block).
 
+    `NF4`, `FP4` (E2M1), `FP4_BNB` (the table of bitsandbytes): weights of 4 bits in groups of 64, float activations.
+    Suffixes, in this order: `_DQ` (the scales are quantized, too), `_G<size>` or `_CHANNEL`.
+
     Raises:
         RecipeError: the name is not one of these.
     """
@@ -131,6 +159,9 @@ def parse_scheme(name: str) -> Scheme:
     preset = PRESETS.get(key)
     if isinstance(preset, Scheme):
         return preset
+    if (match := _TABLE_NAME.fullmatch(key)) is not None:
+        size = -1 if match["channel"] else int(match["group"] or 64)
+        return Scheme(QSpec(Codebook(_TABLES[match["table"]]), (1, size), scale=DOUBLE if match["double"] else None))
     match = _NAME.fullmatch(str(preset or key))
     if match is None:
         raise RecipeError(
@@ -206,8 +237,12 @@ def scheme_label(scheme: Scheme) -> str:
     for name, preset in PRESETS.items():
         if preset == scheme:
             return name
-    base = f"W{scheme.weight.grid.bits}A{scheme.input.grid.bits if scheme.input else 16}"
     size = scheme.weight.block[1]
+    for table in _TABLES:
+        for name in (f"{table}{double}{block}" for double in ("", "_DQ") for block in (f"_G{abs(size)}", "_CHANNEL")):
+            if parse_scheme(name) == scheme:
+                return name
+    base = f"W{scheme.weight.grid.bits}A{scheme.input.grid.bits if scheme.input else 16}"
     for weight in ("", "_ASYM"):
         for block in ("", "_CHANNEL", "_TENSOR", *((f"_G{size}",) if size > 0 else ())):
             for x in ("", "_STATIC", "_STATIC_ASYM"):
@@ -220,6 +255,10 @@ def scheme_label(scheme: Scheme) -> str:
 def _describe(spec: QSpec) -> str:
     """For example "int8 per tensor, dynamic"."""
     grid = spec.grid
-    kind = f"{'' if grid.signed else 'u'}int{grid.bits}" if isinstance(grid, Int) else f"e{grid.exp}m{grid.man}"
+    if isinstance(grid, Codebook):
+        kind = grid.name
+    else:
+        kind = f"{'' if grid.signed else 'u'}int{grid.bits}" if isinstance(grid, Int) else f"e{grid.exp}m{grid.man}"
     block = {(-1, -1): "per tensor", (1, -1): "per row"}.get(spec.block, "per {} x {}".format(*spec.block))
-    return f"{kind} {block}{', dynamic' if spec.dynamic else ''}"
+    inner = f", scales {_describe(spec.scale)}" if spec.scale else ""
+    return f"{kind} {block}{', dynamic' if spec.dynamic else ''}{inner}"

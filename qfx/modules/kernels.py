@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from qfx.core.errors import KernelError
-from qfx.core.grid import Int
+from qfx.core.grid import Codebook, Int
 from qfx.core.spec import Scheme, scheme_label
-from qfx.kernels import fp8_linear, int8_linear, w4a8_linear, w4a16_linear, wna16_linear, wnaq_linear
+from qfx.kernels import fp8_linear, int8_linear, nf4_linear, w4a8_linear, w4a16_linear, wna16_linear, wnaq_linear
+from qfx.kernels.pack import pack, unpack
 from qfx.kernels.quantize_rows import grid_name
 
 Stored = Mapping[str, Tensor | None]
-"""A weight as `qfx.kernels.pack.store` gives it: `codes`, `scale`, `zero`, `g_idx`; or in a kernel's layout."""
+"""A weight as `qfx.kernels.pack.store` gives it (`codes`, `scale`, `zero`, `g_idx`, `scale_scale`), or in a kernel's
+layout."""
 
 
 class Kernel(Protocol):
@@ -30,7 +32,7 @@ class Kernel(Protocol):
         ...
 
     def prepare(self, stored: Stored, scheme: Scheme, in_features: int) -> Stored:
-        """The weight in the kernel's layout; shapes depend on the arguments' shapes only."""
+        """The weight, its scales in float32 (`plain_scale`), in the kernel's layout; shapes depend on shapes only."""
         ...
 
     def restore(self, prepared: Stored, scheme: Scheme, in_features: int, out_features: int) -> Stored:
@@ -109,7 +111,41 @@ class W4A8(W4A16):
         return {**super()._form(scheme), "x_grid": grid_name(scheme.input.grid)}
 
 
-KERNELS: dict[str, Kernel] = {"w4a16_linear": W4A16(), "w4a8_linear": W4A8()}
+class NF4:
+    """`qfx::nf4_linear`: weights of 4 bits on a codebook, float activations."""
+
+    def supports(self, scheme: Scheme, in_features: int, out_features: int, g_idx: bool) -> str | None:
+        """As `Kernel` says."""
+        return nf4_linear.supports(scheme, in_features, g_idx)
+
+    def prepare(self, stored: Stored, scheme: Scheme, in_features: int) -> Stored:
+        """As `Kernel` says."""
+        codes, scale = stored["codes"], stored["scale"]
+        assert codes is not None and scale is not None
+        tiles, absmax = nf4_linear.prepare(unpack(codes, 4, in_features, signed=False), scale)
+        return {"tiles": tiles, "absmax": absmax}
+
+    def restore(self, prepared: Stored, scheme: Scheme, in_features: int, out_features: int) -> Stored:
+        """As `Kernel` says."""
+        tiles, absmax = prepared["tiles"], prepared["absmax"]
+        assert tiles is not None and absmax is not None
+        codes, scale = nf4_linear.restore(tiles, absmax, out_features, in_features)
+        if scheme.weight.block[0] == -1:  # the kernel has one scale for each row
+            scale = scale[:1]
+        return {"codes": pack(codes, 4), "scale": scale, "zero": None, "g_idx": None}
+
+    def settings(self, scheme: Scheme, in_features: int, out_features: int) -> tuple[Any, ...]:
+        """As `Kernel` says."""
+        assert isinstance(scheme.weight.grid, Codebook)
+        return out_features, scheme.weight.block[1], scheme.weight.grid.name
+
+    def call(self, x: Tensor, prepared: Sequence[Tensor | None], bias: Tensor | None, *rest: Any) -> Tensor:
+        """As `Kernel` says."""
+        _input_scale, _input_zero, *settings = rest
+        return torch.ops.qfx.nf4_linear(x, *prepared, bias, *settings)
+
+
+KERNELS: dict[str, Kernel] = {"w4a16_linear": W4A16(), "w4a8_linear": W4A8(), "nf4_linear": NF4()}
 """By preference: the first that supports a linear computes it."""
 
 OPS: dict[str, Any] = {

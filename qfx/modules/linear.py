@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from qfx.core.errors import KernelError
-from qfx.core.grid import Int
 from qfx.core.qtensor import QTensor
 from qfx.core.spec import Scheme, scheme_label
-from qfx.kernels.pack import apply_to_bits, dequantize, empty_store, restore, store
+from qfx.kernels.pack import (
+    apply_to_bits,
+    dequantize_stored,
+    empty_store,
+    kernel_scale,
+    layout,
+    restore,
+    store,
+    store_scale,
+)
 from qfx.kernels.quantize_rows import grid_name
 from qfx.modules.kernels import KERNELS, Stored, choose_op
 from qfx.modules.state import BUFFERS, PREPARED, Part, load_weight, save_weight
@@ -23,9 +31,10 @@ class QLinear(nn.Module):
 
     The weight is kept as buffers: `weight_codes` (below 8 bits uint8, packed along the input axis; for 8 bits int8,
     uint8 or float8), `weight_scale` float32 `[out or 1, groups]`, `weight_zero` uint8 of that shape or None, `g_idx`
-    int32 `[in]` or None. A static input has `input_scale` (float32 scalar) and, on an unsigned grid, `input_zero`
-    (int32 scalar). `bias` is a buffer, too. `.half()`, `.to(dtype)` and the like cast only the bias and `dtype`, never
-    codes or scales.
+    int32 `[in]` or None. If the scheme quantizes the scales, `weight_scale` holds their codes, and `weight_scale_scale`
+    float32 `[blocks]` what those are multiplied with. A static input has `input_scale` (float32 scalar) and, on an
+    unsigned grid, `input_zero` (int32 scalar). `bias` is a buffer, too. `.half()`, `.to(dtype)` and the like cast only
+    the bias and `dtype`, never codes or scales.
 
     Lowering for speed may give the weight another layout, or move it into a linear that several share; the
     `state_dict` and `qtensor` stay the same.
@@ -58,6 +67,7 @@ class QLinear(nn.Module):
     weight_scale: Tensor
     weight_zero: Tensor | None
     g_idx: Tensor | None
+    weight_scale_scale: Tensor | None
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero: Tensor | None
@@ -93,8 +103,7 @@ class QLinear(nn.Module):
                 setattr(self, name, None)
             else:
                 self.register_buffer(name, buffer)
-        grid = scheme.weight.grid
-        self._bits, self._signed = grid.bits, isinstance(grid, Int) and grid.signed
+        self._bits, self._signed, self._table, self._scale_block = layout(scheme.weight)
         self._x_grid = grid_name(x.grid) if x else ""
         self._per_tensor = bool(x and x.dynamic and x.block == (-1, -1))
 
@@ -172,9 +181,10 @@ class QLinear(nn.Module):
             return torch.ops.qfx.fp8_linear(x, codes, scale, bias, self.input_scale, *quantized)
         weight = codes, scale, self.weight_zero, self.g_idx, bias
         stored = self._bits, self.in_features, self._signed
+        rest = self._table, self.weight_scale_scale, self._scale_block
         if self.op == "wna16_linear":
-            return torch.ops.qfx.wna16_linear(x, *weight, *stored)
-        return torch.ops.qfx.wnaq_linear(x, *weight, self.input_scale, self.input_zero, *stored, *quantized)
+            return torch.ops.qfx.wna16_linear(x, *weight, *stored, *rest)
+        return torch.ops.qfx.wnaq_linear(x, *weight, self.input_scale, self.input_zero, *stored, *quantized, *rest)
 
     @property
     def weight(self) -> Tensor:
@@ -183,12 +193,11 @@ class QLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, float32 `[out, in]`."""
-        weight = [self.stored()[key] for key in BUFFERS]
-        return dequantize(*weight, bits=self._bits, columns=self.in_features, signed=self._signed)  # type: ignore[arg-type]
+        return dequantize_stored(self.stored(), self.scheme.weight, self.in_features)
 
     def qtensor(self) -> QTensor:
         """The weight as it was given to `from_qtensor`."""
-        return restore(dict(self.stored()), self.scheme.weight, self.in_features)
+        return restore(self.stored(), self.scheme.weight, self.in_features)
 
     def stored(self) -> Stored:
         """The weight as `store` gives it, whatever the layout is in which it is kept; to be read only."""
@@ -196,7 +205,8 @@ class QLinear(nn.Module):
             return self.part.stored()
         if self.kernel:
             prepared = {name.removeprefix(PREPARED): self._buffers.get(name) for name in self.layout}
-            return KERNELS[self.kernel].restore(prepared, self.scheme, self.in_features, self.out_features)
+            plain = KERNELS[self.kernel].restore(prepared, self.scheme, self.in_features, self.out_features)
+            return store_scale(plain, self.scheme.weight)
         return {key: getattr(self, name) for key, name in BUFFERS.items()}
 
     def stored_names(self) -> dict[str, Tensor]:
@@ -222,7 +232,8 @@ class QLinear(nn.Module):
             sizes = self.in_features, self.out_features
             if reason := KERNELS[name].supports(self.scheme, *sizes, self.has_g_idx):
                 raise KernelError(f"lower: {reason}")
-            prepared = KERNELS[name].prepare(stored, self.scheme, self.in_features)
+            plain = kernel_scale(stored, self.scheme.weight)
+            prepared = KERNELS[name].prepare(plain, self.scheme, self.in_features)
             if (order := stored["g_idx"]) is not None:  # groups of unequal sizes would not come back
                 back = KERNELS[name].restore(prepared, self.scheme, *sizes)["g_idx"]
                 if back is None or not torch.equal(back, order):

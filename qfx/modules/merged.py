@@ -17,6 +17,7 @@ from torch import Tensor
 from qfx.core.errors import KernelError
 from qfx.core.online import Online
 from qfx.core.spec import Scheme
+from qfx.kernels.pack import kernel_scale, plain_scale, store_scale
 from qfx.modules.kernels import Stored
 from qfx.modules.linear import QLinear
 from qfx.modules.state import BUFFERS
@@ -88,22 +89,24 @@ class Share:
     def stored(self) -> Stored:
         """The member's rows; views of the merged weight if that is in its stored layout."""
         weight, rows = self.group.whole.stored(), self._rows()
-        one = slice(rows.start, rows.start + 1) if _per_tensor(self.group.members[self.index].scheme) else rows
+        scheme = self.group.members[self.index].scheme
+        one = slice(rows.start, rows.start + 1) if _per_tensor(scheme) else rows
         scale, zero = weight["scale"], weight["zero"]
         assert weight["codes"] is not None and scale is not None
-        return {
+        plain = {
             "codes": weight["codes"][rows],
             "scale": scale[one],
             "zero": None if zero is None else zero[one],
             "g_idx": weight["g_idx"],
         }
+        return store_scale(plain, scheme.weight)
 
     def load(self, stored: Stored, error_msgs: list[str]) -> None:
         """Writes the member's rows, bias and input scale into the merged linear, in place."""
         group, rows = self.group, self._rows()
         whole, member = group.whole, group.members[self.index]
         weight = {key: None if t is None else t.clone() for key, t in whole.stored().items()}
-        for key, value in stored.items():
+        for key, value in plain_scale(stored, member.scheme.weight).items():
             if (target := weight[key]) is not None and value is not None:
                 (target if key == "g_idx" else target[rows]).copy_(value)
         kernel = whole.kernel
@@ -163,7 +166,7 @@ def merge(members: Sequence[QLinear]) -> Group:
     out = sum(m.out_features for m in members)
     whole = Whole(first.in_features, out, scheme, device="meta", **form)  # type: ignore[arg-type]
     weights = [_spread(m) for m in members]
-    joined = {key: _join([w[key] for w in weights]) for key in BUFFERS}
+    joined = {key: _join([w.get(key) for w in weights]) for key in BUFFERS}
     joined["g_idx"] = weights[0]["g_idx"]
     del weights
     for member in members:
@@ -201,9 +204,10 @@ def _copy_inputs(whole: QLinear, member: QLinear, rows: slice) -> None:
 
 
 def _whole_scheme(scheme: Scheme) -> Scheme:
-    """One scale per tensor of each member is one per row of the whole."""
+    """One scale per tensor of each member is one per row of the whole; quantized scales are float32 there."""
     rows = 1 if scheme.weight.block[0] == -1 else scheme.weight.block[0]
-    return dataclasses.replace(scheme, weight=dataclasses.replace(scheme.weight, block=(rows, scheme.weight.block[1])))
+    weight = dataclasses.replace(scheme.weight, block=(rows, scheme.weight.block[1]), scale=None)
+    return dataclasses.replace(scheme, weight=weight)
 
 
 def _per_tensor(scheme: Scheme) -> bool:
@@ -211,7 +215,7 @@ def _per_tensor(scheme: Scheme) -> bool:
 
 
 def _spread(member: QLinear) -> dict[str, Tensor | None]:
-    weight = dict(member.stored())
+    weight = kernel_scale(member.stored(), member.scheme.weight)
     if _per_tensor(member.scheme):
         for key in ("scale", "zero"):
             if (value := weight[key]) is not None:

@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qfx.core.errors import KernelError
-from qfx.core.grid import Int
 from qfx.core.qtensor import QTensor, fake_quantize, scale_from_range
 from qfx.core.spec import QSpec, Scheme
-from qfx.kernels.pack import apply_to_bits, dequantize, empty_store, restore, store
+from qfx.kernels.pack import apply_to_bits, dequantize_stored, empty_store, restore, store
 from qfx.kernels.quantize_rows import supports_input
 
-_STORED = ("codes", "scale", "zero", "g_idx")
+_STORED = ("codes", "scale", "zero", "g_idx", "scale_scale")
 
 
 @dataclass
@@ -49,7 +48,7 @@ def quantize_parameter(
     """Replaces a parameter by its codes; `module.<name>` gives the dequantized weight from then on.
 
     The buffers are `<name>_codes`, `<name>_scale` and, where they exist, `<name>_zero`, `<name>_g_idx`,
-    `<name>_input_scale` and `<name>_input_zero`, as in `QLinear`.
+    `<name>_scale_scale`, `<name>_input_scale` and `<name>_input_zero`, as in `QLinear`.
 
     Args:
         module: it keeps its identity, its class gets a subclass of the same name.
@@ -154,10 +153,9 @@ def _subclass(base: Any, name: str) -> type:
 def _read(module: Any, name: str) -> Tensor:
     """The dequantized weight in the parameter's layout, and with its input's spec if that is quantized."""
     slot, buffers = module._slots[name], module._buffers
-    grid, x = slot.scheme.weight.grid, slot.scheme.input
-    signed = isinstance(grid, Int) and grid.signed
-    stored = [buffers.get(f"{name}_{key}") for key in _STORED]
-    weight = dequantize(*stored, bits=grid.bits, columns=slot.columns, signed=signed)
+    x = slot.scheme.input
+    stored = {key: buffers.get(f"{name}_{key}") for key in _STORED}
+    weight = dequantize_stored(stored, slot.scheme.weight, slot.columns)
     weight = weight.to(slot.dtype).permute(slot.layout).contiguous()
     if x is None:
         return weight

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from qfx.core.errors import KernelError
+from qfx.kernels.pack import kernel_scale
 from qfx.modules import kernels
 from qfx.modules.kernels import Stored
 
 if TYPE_CHECKING:
     from qfx.modules.linear import QLinear
 
-BUFFERS = {"codes": "weight_codes", "scale": "weight_scale", "zero": "weight_zero", "g_idx": "g_idx"}
+BUFFERS = {
+    "codes": "weight_codes",
+    "scale": "weight_scale",
+    "zero": "weight_zero",
+    "g_idx": "g_idx",
+    "scale_scale": "weight_scale_scale",
+}
 """Of what `store` gives."""
 PREPARED = "kernel_"
 """In front of the names of the tensors of a kernel's layout."""
@@ -67,9 +75,14 @@ def load_weight(
             error_msgs.append(f"size mismatch for {prefix}{name}: {has} in the state dict, {need} here")
         else:
             stored[keys[name]] = value.to(module.device, want.dtype)
+    try:
+        plain = kernel_scale(stored, module.scheme.weight)
+    except KernelError as e:
+        error_msgs.append(f"{prefix}{BUFFERS['scale']}: {e}")
+        return None
     if module.part is not None:
         return module.part.load(stored, error_msgs)
-    prepared = kernels.KERNELS[module.kernel].prepare(stored, module.scheme, module.in_features)
+    prepared = kernels.KERNELS[module.kernel].prepare(plain, module.scheme, module.in_features)
     for key, tensor in prepared.items():  # in place: a captured CUDA graph reads the same memory
         if tensor is not None:
             module.get_buffer(PREPARED + key).copy_(tensor)

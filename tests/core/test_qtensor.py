@@ -1,12 +1,13 @@
 """Quantized tensors: scales, codes within half a step, and one arithmetic for weights and activations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from qfx.core.grid import E4M3, E5M2, Float, Int
+from qfx.core.grid import E4M3, E5M2, Codebook, Float, Int
 from qfx.core.qtensor import (
     QTensor,
     blocked,
@@ -14,8 +15,10 @@ from qfx.core.qtensor import (
     encode,
     encode_minmax,
     fake_quantize,
+    quantize_scale,
     scale_from_range,
     spread,
+    stored_scale,
 )
 from qfx.core.spec import QSpec, parse_scheme
 
@@ -30,6 +33,9 @@ GRIDS = {
     "uint1": Int(1, signed=False),
     "e4m3": E4M3,
     "e5m2": E5M2,
+    "nf4": Codebook("nf4"),
+    "fp4_bnb": Codebook("fp4_bnb"),
+    "e2m1": Codebook("e2m1"),
 }
 BLOCKS = {"tensor": (-1, -1), "channel": (1, -1), "group": (1, 8), "tensor_group": (-1, 8)}
 SPECS = {
@@ -37,7 +43,19 @@ SPECS = {
     for grid, g in GRIDS.items()
     for block, b in BLOCKS.items()
 }
+UINT8_SCALES = QSpec(Int(8, signed=False), (1, 5), symmetric=False)
+NESTED = {
+    "nf4": QSpec(Codebook("nf4"), (1, 8), scale=UINT8_SCALES),
+    "fp4_bnb": QSpec(Codebook("fp4_bnb"), (1, -1), scale=UINT8_SCALES),
+    "e2m1": QSpec(Codebook("e2m1"), (1, 8), scale=QSpec(E4M3, (-1, -1))),
+    "int4": QSpec(Int(4), (1, 8), scale=QSpec(E5M2, (1, 7))),
+    "int8": QSpec(Int(8), (-1, -1), scale=UINT8_SCALES),
+}
+"""Scales that are quantized themselves."""
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+rounding = pytest.mark.parametrize(
+    "spec", [*SPECS.values(), *NESTED.values()], ids=[*SPECS, *(f"{n}-dq" for n in NESTED)]
+)
 OUT, IN = 6, 24
 INT8, UINT8, INT4G = SPECS["int8_narrow-channel"], SPECS["uint8-channel"], SPECS["int4-group"]
 
@@ -56,6 +74,8 @@ def half_step(q: QTensor) -> Tensor:
     grid = q.spec.grid
     if isinstance(grid, Int):
         return scale / 2
+    if isinstance(grid, Codebook):
+        return scale * torch.tensor(sorted(grid.values)).double().diff().max() / 2
     ulp = 2.0 ** (-grid.man - 1)  # half of the last place, relative to a power of two
     smallest = 2.0 ** (2 - 2 ** (grid.exp - 1))  # the least normal number; below it the steps are all alike
     return scale * ulp * torch.exp2((q.dequantize().double().abs() / scale).clamp_min(smallest).log2().floor())
@@ -77,14 +97,14 @@ def test_codes_are_within_half_a_step(spec: QSpec, lead: tuple[int, ...]) -> Non
         assert q.dequantize().equal(torch.stack([encode_minmax(expert, spec).dequantize() for expert in w]))
 
 
-@every_spec
+@rounding
 def test_encoding_again_changes_nothing(spec: QSpec) -> None:
     q = encode_minmax(draw(OUT, IN), spec)
     again = encode(q.dequantize(), q.scale, q.zero, spec)
     assert again.dequantize().equal(q.dequantize())
 
 
-@every_spec
+@rounding
 def test_fake_quantize_is_encode_and_dequantize(spec: QSpec) -> None:
     w = draw(OUT, IN)
     q = encode_minmax(w, spec)
@@ -192,12 +212,15 @@ def test_dynamic_scales_are_those_of_a_token_or_of_the_tensor(name: str) -> None
 @pytest.mark.parametrize(
     ("spec", "bits"),
     [
-        (INT8, 8 + 16 / IN),
-        (UINT8, 8 + 24 / IN),
-        (INT4G, 4 + 16 / 8),
-        (SPECS["uint4-group"], 4 + 20 / 8),
-        (SPECS["int4-tensor"], 4 + 16 / (IN * OUT)),
-        (SPECS["e4m3-tensor"], 8 + 16 / (IN * OUT)),
+        (INT8, 8 + 32 / IN),
+        (UINT8, 8 + 40 / IN),
+        (INT4G, 4 + 32 / 8),
+        (SPECS["uint4-group"], 4 + 36 / 8),
+        (SPECS["int4-tensor"], 4 + 32 / (IN * OUT)),
+        (SPECS["e4m3-tensor"], 8 + 32 / (IN * OUT)),
+        (SPECS["nf4-group"], 4 + 32 / 8),
+        (NESTED["nf4"], 4 + 8 / 8 + 32 * 4 / (IN * OUT)),
+        (NESTED["e2m1"], 4 + 8 / 8 + 32 / (IN * OUT)),
     ],
 )
 def test_bits_per_weight_count_scales_and_zeros(spec: QSpec, bits: float) -> None:
@@ -218,6 +241,69 @@ def test_spread_gives_each_column_its_group() -> None:
     assert spread(per_group, 6).tolist() == [[0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5]]
     assert spread(per_group[:, :1], 6).shape == (2, 1)
     assert spread(per_group, 4, torch.tensor([2, 0, 0, 1])).tolist() == [[2, 0, 0, 1], [5, 3, 3, 4]]
+
+
+@pytest.mark.parametrize("spec", NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["linear", "experts"])
+def test_scales_are_quantized_in_blocks(spec: QSpec, lead: tuple[int, ...]) -> None:
+    inner = spec.scale
+    assert inner is not None
+    # scales of very different sizes beside each other, and a block of zeros, which must not weigh on the others
+    w = torch.randn(*lead, OUT, IN) * torch.logspace(-3, 3, OUT)[:, None]
+    w[..., 2, :8] = 0
+    blocks = blocked(w, spec)
+    fine, _ = scale_from_range(blocks.amin(-1), blocks.amax(-1), spec)
+    q, (codes, second) = encode_minmax(w, spec), quantize_scale(fine, spec)
+    rows, groups = fine.shape[-2:]
+    size = rows * groups if inner.block[1] == -1 else inner.block[1]
+    assert codes.dtype == inner.grid.dtype and codes.shape == fine.shape
+    assert second.shape == (*lead, -(-rows * groups // size)) and second.dtype == torch.float32
+    values = inner.grid.decode(codes).double().flatten(-2)
+    factors = second.double().repeat_interleave(size, -1)[..., : rows * groups]
+    assert torch.equal(q.scale.double().flatten(-2), values * factors)  # exact, without a rounding
+    # the largest of a block has the largest code, and all have the nearest but 0
+    every = inner.grid.decode(torch.arange(256, dtype=torch.uint8).view(inner.grid.dtype)).double()
+    every = every[every.isfinite() & (every > 0)]
+    for scales, chosen, factor in zip(*(t.reshape(-1, rows * groups) for t in (fine, values, factors)), strict=True):
+        for i in range(0, rows * groups, size):
+            part = slice(i, i + size)
+            assert (factor[i] * every.max() / scales[part].max() - 1).abs() < 2**-16 and chosen[
+                part
+            ].max() == every.max()
+            distance = (scales[part].double() / factor[i])[:, None] - every
+            assert torch.allclose(
+                (scales[part].double() / factor[i] - chosen[part]).abs(), distance.abs().amin(1), rtol=0, atol=1e-4
+            )
+    # the same bits again: solvers may round scales before the weight is encoded
+    assert torch.equal(stored_scale(q.scale, spec), q.scale)
+    again = quantize_scale(q.scale, spec)
+    assert torch.equal(again[0].float(), codes.float()) and torch.equal(again[1], second)
+    assert bool((q.scale > 0).all()) and not q.dequantize()[..., 2, :8].any()
+    assert spec.block[1] != 8 or q.scale[..., 2, 0].max() < q.scale[..., 2, 1].min()
+    # codes are the nearest of the scales that are kept, not of those that were rounded
+    assert torch.equal(q.codes, encode(w, q.scale, None, replace(spec, scale=None)).codes)
+    if lead:
+        each = torch.stack([encode_minmax(expert, spec).scale for expert in w])
+        assert torch.equal(each, q.scale)
+
+
+def test_double_quantization_costs_next_to_nothing() -> None:
+    w = torch.randn(64, 1024)
+    plain, double = (encode_minmax(w, parse_scheme(name).weight) for name in ("NF4", "NF4_DQ"))
+    # 8 bits in blocks of 256, and 32 more for each of those, in place of 32 bits for each block of 64
+    assert (plain.bits_per_weight, double.bits_per_weight) == (4.5, 4 + 8 / 64 + 32 / (64 * 256))
+    errors = [((q.dequantize() - w).norm() / w.norm()).item() for q in (plain, double)]
+    assert 0.08 < errors[0] < 0.1 and abs(errors[1] / errors[0] - 1) < 0.002
+    assert (double.scale / plain.scale - 1).abs().max() < 0.5 / 255 * plain.scale.max() / plain.scale.min() + 1e-4
+
+
+@pytest.mark.parametrize("spec", NESTED.values(), ids=NESTED)
+def test_quantized_scales_of_zeros_and_of_the_smallest_numbers(spec: QSpec) -> None:
+    for value in (0.0, 1e-45, 1e-38, -1e-40):
+        q = encode_minmax(torch.full((OUT, IN), value), spec)
+        assert bool((q.scale > 0).all()) and q.dequantize().isfinite().all()
+        assert value != 0 or not q.dequantize().any()
+        assert torch.equal(stored_scale(q.scale, spec), q.scale)
 
 
 def test_floats_reach_their_largest_value() -> None:

@@ -6,13 +6,15 @@ import json
 import pytest
 
 from qfx.core.errors import RecipeError
-from qfx.core.grid import E4M3, E5M2, Int
+from qfx.core.grid import E4M3, E5M2, Codebook, Int
 from qfx.core.spec import PRESETS, QSpec, Scheme, parse_scheme, scheme_from, scheme_label
 
 TOKEN = QSpec(Int(8, narrow=True), (1, -1), dynamic=True)
 STATIC = QSpec(Int(8, narrow=True), (-1, -1))
 STATIC_ASYM = QSpec(Int(8, signed=False), (-1, -1), symmetric=False)
 INT8 = QSpec(Int(8, narrow=True))
+NF4 = Codebook("nf4")
+SCALES = QSpec(Int(8, signed=False), (1, 256), symmetric=False)
 SCHEMES = {
     "W8A8": Scheme(INT8, TOKEN),
     "INT8": Scheme(INT8, TOKEN),
@@ -41,6 +43,14 @@ SCHEMES = {
     "FP8_E5M2": Scheme(QSpec(E5M2, (-1, -1)), QSpec(E5M2, (-1, -1))),
     "FP8_E5M2_DYNAMIC": Scheme(QSpec(E5M2), QSpec(E5M2, dynamic=True)),
     "W4AFP8": Scheme(QSpec(Int(4), (1, 128)), QSpec(E4M3, dynamic=True)),
+    "NF4": Scheme(QSpec(NF4, (1, 64))),
+    "nf4_g32": Scheme(QSpec(NF4, (1, 32))),
+    "NF4_DQ": Scheme(QSpec(NF4, (1, 64), scale=SCALES)),
+    "NF4_DQ_G128": Scheme(QSpec(NF4, (1, 128), scale=SCALES)),
+    "FP4": Scheme(QSpec(Codebook("e2m1"), (1, 64))),
+    "FP4_CHANNEL": Scheme(QSpec(Codebook("e2m1"))),
+    "FP4_BNB": Scheme(QSpec(Codebook("fp4_bnb"), (1, 64))),
+    "FP4_BNB_DQ_CHANNEL": Scheme(QSpec(Codebook("fp4_bnb"), scale=SCALES)),
 }
 ALL = [
     f"W{w}A{a}{asym}{block}{x}"
@@ -78,7 +88,9 @@ def test_a_name_stands_for_its_scheme(name: str) -> None:
         ("W4A16_FAST", "unknown scheme 'W4A16_FAST'; use W<bits>A<bits>.*FP8_DYNAMIC"),
         ("W4A16 ", "unknown scheme"),
         ("XW4A16", "unknown scheme"),
-        ("NF4", "unknown scheme"),
+        ("NF4_G0", "unknown scheme"),
+        ("NF4_G64_DQ", "unknown scheme"),
+        ("NF3", "unknown scheme 'NF3'; .*NF4"),
         ("", "unknown scheme"),
     ],
 )
@@ -109,6 +121,12 @@ def test_labels_are_names_of_the_scheme() -> None:
         ),
         (Scheme(QSpec(E4M3)), "e4m3 per row x float"),
         (Scheme(INT8, QSpec(Int(1), dynamic=True)), "int8 per row x int1 per row, dynamic"),
+        (parse_scheme("NF4_G64"), "NF4"),
+        (Scheme(QSpec(NF4, (1, 64)), TOKEN), "nf4 per 1 x 64 x int8 per row, dynamic"),
+        (
+            Scheme(QSpec(Codebook("e2m1"), (1, 16), scale=QSpec(E4M3, (-1, -1)))),
+            "e2m1 per 1 x 16, scales e4m3 per tensor x float",
+        ),
     ],
 )
 def test_labels(scheme: Scheme, label: str) -> None:
@@ -131,6 +149,7 @@ def test_forms_of_a_scheme() -> None:
     assert scheme_from({"preset": "W4A16", "group_size": 32}) == scheme
     assert scheme_from({"preset": "W4A16"}) == scheme_from({"preset": "W4A16", "group_size": None})
     assert scheme_from({"preset": "W4A8", "group_size": -1}) == parse_scheme("W4A8_CHANNEL")
+    assert scheme_from({"preset": "NF4_DQ", "group_size": 32}) == parse_scheme("NF4_DQ_G32")
     assert scheme.with_group(-1) == parse_scheme("W4A16_CHANNEL")
 
 
@@ -151,6 +170,9 @@ def test_forms_of_a_scheme() -> None:
         ({"weight": {**GROUPED.to_dict(), "block": [1, "a"]}}, "block .1, 'a'. must be two sizes"),
         ({"weight": {"grid": {"type": "int", "bits": 8}}}, "lacks 'block'"),
         ({"weight": {**GROUPED.to_dict(), "grid": {"type": "nf4"}}}, "unknown type 'nf4'"),
+        ({"weight": {**GROUPED.to_dict(), "grid": {"type": "codebook", "name": "nf3"}}}, "no codebook 'nf3'"),
+        ({"weight": {**GROUPED.to_dict(), "scale": {"grid": {"type": "int", "bits": 8}}}}, "lacks 'block'"),
+        ({"weight": {**GROUPED.to_dict(), "scale": 8}}, "bad scheme"),
     ],
 )
 def test_what_is_no_form_of_a_scheme_is_refused(value: object, why: str) -> None:
@@ -168,6 +190,14 @@ def test_what_is_no_form_of_a_scheme_is_refused(value: object, why: str) -> None
         (lambda: QSpec(Int(8), symmetric=False), "asymmetric spec needs an unsigned"),
         (lambda: QSpec(E4M3, symmetric=False), "asymmetric spec needs an unsigned"),
         (lambda: QSpec(Int(8, signed=False)), "symmetric spec needs a signed"),
+        (lambda: QSpec(NF4, symmetric=False), "asymmetric spec needs an unsigned integer"),
+        (lambda: QSpec(NF4, (1, 64), dynamic=True, scale=SCALES), "scales of dynamic and of asymmetric"),
+        (lambda: QSpec(Int(4, signed=False), symmetric=False, scale=SCALES), "scales of dynamic and of asymmetric"),
+        (lambda: QSpec(NF4, scale=QSpec(Int(8), (1, 256))), "asymmetric grid of uint8 or on a float8 grid"),
+        (lambda: QSpec(NF4, scale=QSpec(NF4, (1, 256))), "asymmetric grid of uint8 or on a float8 grid"),
+        (lambda: QSpec(NF4, scale=QSpec(E4M3, dynamic=True)), "asymmetric grid of uint8 or on a float8 grid"),
+        (lambda: QSpec(NF4, scale=QSpec(E4M3, scale=SCALES)), "asymmetric grid of uint8 or on a float8 grid"),
+        (lambda: QSpec(NF4, scale=QSpec(E4M3, (-1, 256))), r"scales in blocks of \(-1, 256\)"),
     ],
 )
 def test_what_no_quantizer_computes_is_refused(make: object, why: str) -> None:

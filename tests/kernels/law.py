@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qfx.core.grid import Codebook
 from qfx.core.qtensor import QTensor, blocked, dynamic_scale, encode, fake_quantize, scale_from_range
 from qfx.core.spec import QSpec, Scheme, parse_scheme
 from qfx.kernels.pack import pack
@@ -56,7 +57,8 @@ class Case:
         """The keyword arguments that describe stored codes."""
         grid = self.weight.spec.grid
         shape = {"bits": grid.bits, "in_features": self.weight.codes.shape[-1]}
-        return {**shape, "signed": getattr(grid, "signed", True)}
+        table = {"table": grid.name} if isinstance(grid, Codebook) else {}
+        return {**shape, "signed": getattr(grid, "signed", True), **table}
 
     @property
     def input(self) -> dict[str, object]:

@@ -1,11 +1,28 @@
 """Bit packing: exact round trips, the layout, and what a cast leaves alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qfx.core.errors import KernelError
+from qfx.core.qtensor import encode
 from qfx.core.spec import parse_scheme
-from qfx.kernels.pack import CASES, apply_to_bits, dequantize, pack, packed_columns, unpack
+from qfx.kernels.pack import (
+    CASES,
+    apply_to_bits,
+    dequantize,
+    dequantize_stored,
+    empty_store,
+    kernel_scale,
+    pack,
+    packed_columns,
+    plain_scale,
+    restore,
+    store,
+    store_scale,
+    unpack,
+)
 from tests.kernels.law import quantize_weight
 
 
@@ -59,6 +76,47 @@ def test_dequantize_equals_the_qtensor(scheme: str, act_order: bool, shape: tupl
     zero = None if q.zero is None else q.zero.to(torch.uint8)
     layout = {"bits": spec.grid.bits, "columns": 24, "signed": getattr(spec.grid, "signed", True)}
     assert torch.equal(dequantize(codes, q.scale, zero, g_idx, **layout), q.dequantize())
+
+
+@pytest.mark.parametrize("scheme", ["NF4_G8", "NF4_DQ_G8", "FP4_BNB_CHANNEL", "FP4_DQ_CHANNEL", "W4A16_ASYM_G8", "FP8"])
+@pytest.mark.parametrize("shape", [(70, 24), (2, 70, 24), (3, 8)])
+def test_what_is_stored_comes_back(scheme: str, shape: tuple[int, ...]) -> None:
+    spec = parse_scheme(scheme).weight
+    q = quantize_weight(torch.randn(shape) * torch.logspace(-2, 2, shape[-2])[:, None], spec)
+    stored, empty = store(q), empty_store(spec, shape)
+    for key, value in stored.items():
+        like = empty[key]
+        assert (value is None) == (like is None)
+        assert value is None or (value.dtype, value.shape) == (like.dtype, like.shape)
+    assert (stored["scale_scale"] is None) == (spec.scale is None)
+    back = restore(stored, spec, shape[-1])
+    assert torch.equal(back.codes.float(), q.codes.float()) and back.codes.dtype == q.codes.dtype
+    assert torch.equal(back.scale, q.scale) and (back.zero is None or torch.equal(back.zero, q.zero))
+    assert torch.equal(dequantize_stored(stored, spec, shape[-1]), q.dequantize())
+    kept = [t for key, t in stored.items() if t is not None]
+    bits = 8 * sum(t.numel() * t.element_size() for t in kept) / q.codes.numel()
+    in_bytes = q.zero is not None and spec.grid.bits < 8  # zero points
+    assert in_bytes or bits == pytest.approx(q.bits_per_weight)
+    zeros = {key: t.to("meta") if t is not None else None for key, t in stored.items()}
+    assert dequantize_stored(zeros, spec, shape[-1]).shape == shape
+    one = dequantize_stored(empty, spec, shape[-1])
+    assert one.isfinite().all() and (one == one[..., :1, :1]).all()
+    plain = plain_scale(stored, spec)
+    assert torch.equal(plain["scale"], q.scale) and "scale_scale" not in plain
+    again = store_scale(plain, spec)
+    assert all(again[key] is t or torch.equal(again[key], t) for key, t in stored.items())
+    assert kernel_scale(stored, spec).keys() == plain.keys()
+
+
+def test_scales_that_no_codes_stand_for_are_refused() -> None:
+    q = quantize_weight(torch.randn(70, 24), parse_scheme("NF4_G8").weight)
+    double = replace(q, spec=parse_scheme("NF4_DQ_G8").weight)
+    with pytest.raises(KernelError, match="encode rounds them"):
+        store(double)
+    stored = store(encode(q.dequantize(), q.scale, None, double.spec))
+    stored["scale"].clamp_(max=250)
+    with pytest.raises(KernelError, match="other codes of scales than qfx would give"):
+        kernel_scale(stored, double.spec)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float32, torch.uint8, torch.int64])

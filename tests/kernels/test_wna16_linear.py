@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qfx.core.errors import KernelError
+from qfx.core.qtensor import quantize_scale
 from qfx.core.spec import Scheme, parse_scheme
 from qfx.kernels.wna16_linear import CASES, supports, wna16_linear
 from tests.kernels.law import DTYPES, Case, make_case, opcheck, violation
@@ -52,6 +53,22 @@ def test_stored_dtypes_of_scale_and_zero() -> None:
     case = replace(case, weight=w)
     stored = replace(case, weight=replace(w, scale=w.scale.bfloat16(), zero=w.zero.to(torch.uint8)))
     assert torch.equal(run(stored), run(case))
+
+
+@pytest.mark.parametrize("name", ["NF4_DQ_G8", "FP4_DQ_CHANNEL"])
+def test_quantized_scales(name: str) -> None:
+    """As codes, or as what these stand for."""
+    case = make_case((5,), 40, 270, name, torch.bfloat16)
+    spec = case.weight.spec
+    assert spec.scale is not None
+    codes, second = quantize_scale(case.weight.scale, spec)
+    given = {"scale_scale": second, "scale_block": spec.scale.block[1], **case.stored}
+    args = (case.x.requires_grad_(), case.codes, codes, None, None, case.bias)
+    out = wna16_linear(*args, **given)
+    assert torch.equal(out, run(case)) and violation(out.detach(), case) <= 1 and second.numel() > 1
+    opcheck(wna16_linear, args, given)
+    out.sum().backward()
+    assert torch.allclose(case.x.grad.float(), case.weight.dequantize().sum(0).expand(5, -1), atol=2**-6)
 
 
 def test_the_law_notices_a_wrong_scale_and_zero() -> None:

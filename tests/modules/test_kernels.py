@@ -15,6 +15,7 @@ from qfx.kernels.pack import dequantize
 from qfx.modules import kernels
 from qfx.modules.kernels import Stored, choose_kernel
 from qfx.modules.linear import QLinear
+from qfx.modules.merged import merge
 from qfx.modules.state import BUFFERS
 from tests.kernels.law import make_case
 
@@ -59,6 +60,7 @@ SCHEMES = ("W4A16_G16", "W3A16_ASYM_G16", "W8A16", "W4A16_TENSOR")
 KERNELS = {
     "reversed": ((2, 5), 48, SCHEMES),
     "w4a16_linear": ((2, 5), 64, ("W4A16_G32", "W3A16_ASYM_G32", "W4A16_TENSOR")),
+    "nf4_linear": ((2, 5), 64, ("NF4_DQ_G32", "NF4", "FP4_CHANNEL", "FP4_BNB")),
 }
 CASES = [(kernel, scheme) for kernel, (*_, schemes) in KERNELS.items() for scheme in schemes]
 
@@ -100,7 +102,7 @@ def test_a_state_dict_loads_into_a_kernel_s_layout(kernel: str, scheme: str) -> 
     module, x = linear(kernel, scheme)
     other, _ = linear(kernel, scheme)
     other.weight_codes.copy_(other.weight_codes.flip(0))
-    other.weight_scale.mul_(2)
+    (other.weight_scale if other.weight_scale_scale is None else other.weight_scale_scale).mul_(2)
     other.bias.add_(1)
     want, state = other(x), saved(other)
     module.use_kernel(kernel)
@@ -181,3 +183,25 @@ def test_groups_of_unequal_sizes_stay_as_they_are_stored() -> None:
     module.use_kernel("w4a16_linear")
     assert same(saved(module), state)
     torch.testing.assert_close(module(case.x), want)
+
+
+def test_foreign_codes_of_scales_stay_as_they_are_stored() -> None:
+    """A kernel's layout holds float32 scales, which give back only codes that use the whole range."""
+    module, x = linear("nf4_linear", "NF4_DQ_G32")
+    module.weight_scale.clamp_(max=200)
+    state, want = saved(module), module(x)
+    with pytest.raises(KernelError, match="other codes of scales than qfx would give"):
+        module.use_kernel("nf4_linear")
+    assert module.as_stored and same(saved(module), state) and torch.equal(module(x), want)
+    assert torch.equal(module.qtensor().dequantize(), module.dequantize())
+    lowered, _ = linear("nf4_linear", "NF4_DQ_G32")
+    before = saved(lowered)
+    lowered.use_kernel("nf4_linear")
+    with pytest.raises(RuntimeError, match="other codes of scales than qfx would give"):
+        lowered.load_state_dict(state)
+    assert same(
+        {k: v for k, v in saved(lowered).items() if k != "bias"}, {k: v for k, v in before.items() if k != "bias"}
+    )
+    with pytest.raises(KernelError, match="other codes of scales than qfx would give"):
+        merge([module, linear("nf4_linear", "NF4_DQ_G32")[0]])
+    assert module.as_stored and same(saved(module), state)

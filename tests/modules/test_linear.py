@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qfx.core.errors import KernelError
-from qfx.core.grid import E4M3, Int
+from qfx.core.grid import E4M3, Codebook, Int
 from qfx.core.spec import QSpec, Scheme, parse_scheme
 from qfx.modules.linear import QLinear, choose_op
 from tests.kernels.law import DTYPES, Case, make_case, quantize_weight, violation
@@ -27,8 +27,11 @@ SCHEMES = {
     "W4A8_G16": "wnaq_linear",
     "W8A8_ASYM": "wnaq_linear",
     "W4A8_CHANNEL_STATIC": "wnaq_linear",
+    "NF4_G16": "wna16_linear",
+    "NF4_DQ_G16": "wna16_linear",
+    "FP4_BNB_CHANNEL": "wna16_linear",
 }
-ONE_EACH = ("W8A8_STATIC_ASYM", "FP8_DYNAMIC", "W3A16_ASYM_G16", "W4A8_G16")
+ONE_EACH = ("W8A8_STATIC_ASYM", "FP8_DYNAMIC", "W3A16_ASYM_G16", "W4A8_G16", "NF4_DQ_G16")
 CASTS = {
     "half": (lambda m: m.half(), torch.float16),
     "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
@@ -75,6 +78,32 @@ def test_weight_dequantize_and_qtensor(name: str) -> None:
     assert back.spec == case.weight.spec and back.codes.dtype == case.weight.codes.dtype
     assert torch.equal(back.codes.float(), case.weight.codes.float())
     assert back.zero is None or torch.equal(back.zero, case.weight.zero)
+
+
+def test_quantized_scales_with_every_op_that_could_take_them() -> None:
+    scales = parse_scheme("NF4_DQ").weight.scale
+    for name, op in (("W8A8", "wnaq_linear"), ("FP8_DYNAMIC", "wnaq_linear"), ("W4A16_G16", "wna16_linear")):
+        plain = parse_scheme(name)
+        case = make_case((5,), 48, 20, replace(plain, weight=replace(plain.weight, scale=scales)))
+        module = lower(case)
+        assert module.op == op and module.weight_scale.dtype == torch.uint8
+        assert torch.equal(module.dequantize(), case.weight.dequantize()) and violation(module(case.x), case) <= 1
+    inputs = parse_scheme("W8A8").input
+    case = make_case((5,), 48, 20, replace(parse_scheme("NF4_DQ_G16"), input=inputs))
+    assert lower(case).op == "wnaq_linear" and violation(lower(case)(case.x), case) <= 1
+
+
+def test_quantized_scales_are_stored_as_such() -> None:
+    case = make_case((5,), 64, 40, "NF4_DQ_G16")
+    state = lower(case).state_dict()
+    stored = {k: (v.dtype, tuple(v.shape)) for k, v in state.items() if k != "bias"}
+    assert stored == {
+        "weight_codes": (torch.uint8, (40, 32)),
+        "weight_scale": (torch.uint8, (40, 4)),
+        "weight_scale_scale": (torch.float32, (1,)),
+    }
+    bits = 8 * sum(v.numel() * v.element_size() for k, v in state.items() if k != "bias") / (64 * 40)
+    assert bits == case.weight.bits_per_weight == 4 + 8 / 16 + 32 / (64 * 40)
 
 
 def test_stands_for_linear_and_conv1d() -> None:
@@ -206,6 +235,13 @@ def test_refusals() -> None:
         QLinear.empty(48, 20, grouped)
     with pytest.raises(KernelError, match="does not divide"):
         QLinear.empty(48, 20, parse_scheme("W4A16"))
+    codebook = Scheme(case.scheme.weight, QSpec(Codebook("nf4"), dynamic=True))
+    with pytest.raises(KernelError, match="wnaq_linear: an activation on the codebook nf4"):
+        QLinear.empty(48, 20, codebook)
+    coarse = make_case((5,), 48, 20, "NF4_G16").weight
+    double = parse_scheme("NF4_DQ_G16")
+    with pytest.raises(KernelError, match="the scales are not on the grid of their own spec"):
+        QLinear.from_qtensor(replace(coarse, spec=double.weight), None, double, dtype=torch.float32)
     zero = replace(make_case((5,), 48, 20, "W4A16_ASYM_G16").weight, zero=torch.full((20, 3), -1))
     with pytest.raises(KernelError, match=r"outside 0\.\.255"):
         QLinear.from_qtensor(zero, None, Scheme(zero.spec), dtype=torch.float32)

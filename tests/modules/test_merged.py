@@ -15,6 +15,7 @@ from qfx.modules.merged import Group, Whole, merge, unlike, unmerge
 from tests.kernels.law import make_case
 
 SCHEMES = ("W8A8", "W8A8_STATIC_ASYM", "W8A8_TENSOR", "FP8", "FP8_DYNAMIC", "W4A16_G32", "W3A16_ASYM_G16", "W4A8_G16")
+SCHEMES += ("NF4_G32", "NF4_DQ_G16")
 EXACT = ("W8A8", "W8A8_STATIC_ASYM", "W8A8_TENSOR")  # integer sums
 WIDE = 64
 
@@ -131,13 +132,16 @@ def test_a_write_into_the_input_is_seen(x: Tensor) -> None:
     assert group.held is None or group.held[0] is x
 
 
-@pytest.mark.parametrize("scheme", ["W8A8_STATIC_ASYM", "W4A16_G32", "W8A8_TENSOR"])
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC_ASYM", "W4A16_G32", "W8A8_TENSOR", "NF4_DQ_G16"])
 @torch.no_grad()
 def test_a_state_dict_loads_into_merged_linears(scheme: str, x: Tensor) -> None:
     model, other = Three(scheme), Three(scheme)
     for m in other.children():
         m.weight_codes.copy_(m.weight_codes.flip(0))
-        m.weight_scale.mul_(1.5)
+        if m.weight_scale_scale is None:
+            m.weight_scale.mul_(1.5)
+        else:
+            m.weight_scale_scale.mul_(2)
         m.bias.add_(1)
         if m.input_scale is not None:
             m.input_scale.mul_(2)

@@ -66,11 +66,12 @@ def quantize(model: nn.Module, scheme: Scheme) -> None:
         quantize_parameter(module, name, q, scheme, (0, 1, 2), **static_of(scheme))
 
 
+@pytest.mark.parametrize("scheme_name", ["W4A16_ASYM_G16", "NF4_DQ_G16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("model_name", CONFIGS)
 @torch.no_grad()
-def test_weight_only_equals_dequantized_weights(model_name: str, implementation: str) -> None:
-    ids, scheme = torch.randint(0, 64, (2, 7)), parse_scheme("W4A16_ASYM_G16")
+def test_weight_only_equals_dequantized_weights(model_name: str, implementation: str, scheme_name: str) -> None:
+    ids, scheme = torch.randint(0, 64, (2, 7)), parse_scheme(scheme_name)
     model, expected = tiny(model_name, implementation), tiny(model_name, implementation)
     before = model(ids).logits
     for name in NAMES:
@@ -125,7 +126,7 @@ def test_quantized_inputs_equal_a_reference_by_hand(model_name: str, scheme_name
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("scheme_name", ["W4A16_G16", *ACTIVATIONS, PER_TENSOR])
+@pytest.mark.parametrize("scheme_name", ["W4A16_G16", "NF4_DQ_G16", *ACTIVATIONS, PER_TENSOR])
 @torch.no_grad()
 def test_compiles_without_a_graph_break(scheme_name: str, implementation: str) -> None:
     model, (x, idx, p) = tiny("mixtral", implementation), routed()
@@ -136,7 +137,7 @@ def test_compiles_without_a_graph_break(scheme_name: str, implementation: str) -
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("scheme_name", ["W4A16_G16", "W4A8_G16", "W8A8_STATIC"])
+@pytest.mark.parametrize("scheme_name", ["W4A16_G16", "NF4_DQ_G16", "W4A8_G16", "W8A8_STATIC"])
 @torch.no_grad()
 def test_exports(scheme_name: str, strict: bool) -> None:
     model, args = tiny("mixtral", "grouped_mm"), routed()
@@ -177,7 +178,7 @@ def test_casts_change_what_is_given_not_what_is_stored() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("scheme_name", ["W4A16_ASYM_G16", "W8A8_ASYM_STATIC_ASYM", "FP8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("scheme_name", ["W4A16_ASYM_G16", "W8A8_ASYM_STATIC_ASYM", "FP8", "FP8_DYNAMIC", "NF4_DQ_G16"])
 def test_state_dict_loads_into_an_empty_one(scheme_name: str, device: str) -> None:
     scheme = parse_scheme(scheme_name)
     model, (x, idx, p) = tiny("qwen3_moe", "grouped_mm"), routed()

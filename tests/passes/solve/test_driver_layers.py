@@ -138,7 +138,7 @@ def test_what_the_report_says_of_a_layer(llama: Discovered) -> None:
     solved, weight = state.solved[f"{name}.weight"], llama.model.get_submodule(name).weight
     error = relative_error(weight, solved.qtensor.dequantize(), hessian(inputs_of(llama.model, name)))
     assert layer.error == pytest.approx(error, rel=1e-3)
-    assert layer == Layer(name, "W4A8_G16", [64, 96], "gptq", layer.error, 5.0)
+    assert layer == Layer(name, "W4A8_G16", [64, 96], "gptq", layer.error, 6.0)
     state = llama.fresh({"*.down_proj": "W4A8_G16"})
     Rtn()(state)
     weights_alone = ((weight - state.solved[f"{name}.weight"].qtensor.dequantize()).norm() / weight.norm()).item()
