@@ -171,6 +171,9 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "w3a16-gptq": _preset("W3A16", _GPTQ),
     "w2a16-gptq": _preset("W2A16_ASYM_G64", _GPTQ),
     "w4a8-gptq": _preset("W4A8", _GPTQ),
+    "nf4": _preset("NF4", "rtn"),
+    "nf4-dq": _preset("NF4_DQ", "rtn"),
+    "fp4": _preset("FP4", "rtn"),
     "fp8": _preset("FP8", "rtn"),
     "fp8-dynamic": _preset("FP8_DYNAMIC", "rtn"),
 }

@@ -27,6 +27,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, head float": ("llama_tied", {"schemes": {"*": "W8A8"}, "ignore": ["@head"]}),
     "Conv1D": ("gpt2", {"schemes": {"*": "W4A16_G16"}, "ignore": ["@head"]}),
     "experts": ("mixtral", {"schemes": {"*": "W8A8_STATIC"}, "ignore": ["@router"]}),
+    "nf4": ("gpt2", {"schemes": {"*": "NF4_DQ_G16"}, "ignore": ["@head"]}),
+    "experts on a codebook": (
+        "mixtral",
+        {"schemes": {"*": "NF4_DQ_G16", "*.q_proj": "FP4_G16"}, "ignore": ["@router"]},
+    ),
     "fp8": ("opt", {"schemes": {"*": "FP8_DYNAMIC"}}),
     "g_idx": ("qwen2", {"schemes": {"*": "W4A16_ASYM_G16"}, "steps": [GPTQ]}),
     "static, shifts and biases": ("llama", {"schemes": {"*": "W8A8_STATIC_ASYM"}, "steps": [ALL_SHIFTS]}),

@@ -9,7 +9,7 @@ import yaml
 
 import qfx
 from qfx.core.errors import RecipeError
-from qfx.core.grid import Int
+from qfx.core.grid import E4M3, Codebook, Int
 from qfx.core.spec import QSpec, Scheme, parse_scheme, scheme_label
 from qfx.passes import METHODS, SOLVERS
 from qfx.passes.discover.capture import capture
@@ -24,6 +24,7 @@ MIXED = Recipe(
     {
         "*": parse_scheme("W4A16_ASYM_G32"),
         "mlp.*": Scheme(QSpec(Int(3), (1, 16))),
+        "up_proj": Scheme(QSpec(Codebook("e2m1"), (1, 16), scale=QSpec(E4M3, (-1, -1)))),
         "re:.*o_proj": parse_scheme("FP8"),
         "@head": None,
     },
@@ -48,7 +49,9 @@ def test_a_recipe_survives_a_mapping_and_yaml(name: str, tmp_path: Path) -> None
 def test_presets_build(name: str) -> None:
     recipe = Recipe.load(name)
     assert [type(s) in SOLVERS for s in recipe.steps].count(True) == 1 and type(recipe.steps[-1]) in SOLVERS
-    assert recipe.needs_data == (name not in {"w8a8", "w8a8-dynamic", "w8a16", "w4a16", "fp8-dynamic"})
+    assert recipe.needs_data == (
+        name not in {"w8a8", "w8a8-dynamic", "w8a16", "w4a16", "nf4", "nf4-dq", "fp4", "fp8-dynamic"}
+    )
     for scheme in recipe.schemes.values():
         assert scheme is not None and scheme_label(scheme)
 
