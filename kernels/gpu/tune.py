@@ -152,7 +152,8 @@ def _find(device: int, op: str, key: tuple[int | str, ...], kind: type[C]) -> C 
         else:
             alike = [exact] + [entries[name] for name in _similar(rest, list(entries))]
             choices = [_at_least(int(tokens), measured) for measured in alike]
-            choices += [_at_most(int(tokens), measured) for measured in alike]
+            fewer = [int(b) for measured in alike for b in measured if 256 <= int(b) <= int(tokens)]
+            choices += [measured.get(str(max(fewer, default=0))) for measured in alike]
         for entry in choices:
             if entry is not None:
                 with contextlib.suppress(TypeError):  # written by another version of qfx
@@ -176,13 +177,8 @@ def _similar(rest: Sequence[int | str], measured: Sequence[str]) -> list[str]:
 
 
 def _at_least(tokens: int, measured: dict[str, Any]) -> Any:
-    """What suits so many tokens or a few more suits fewer, too."""
+    """What suits so many tokens or a few more suits these, too; so does, failing that, what suits many."""
     return measured.get(str(min((int(b) for b in measured if int(b) >= tokens), default=0)))
-
-
-def _at_most(tokens: int, measured: dict[str, Any]) -> Any:
-    """What suits many tokens suits more, too."""
-    return measured.get(str(max((int(b) for b in measured if 256 <= int(b) <= tokens), default=0)))
 
 
 def _save(op: str, key: tuple[int | str, ...], config: Any, best: float) -> None:
