@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qfx.core.grid import E4M3, Int
+from qfx.core.grid import E4M3, Codebook, Int
 from qfx.core.qtensor import QTensor, encode, fake_quantize
 from qfx.core.spec import QSpec
 from qfx.passes.solve._ranges import weight_range
@@ -20,6 +20,7 @@ SPECS = {
     "int4-tensor_group": QSpec(Int(4), (-1, 16)),
     "e4m3-channel": QSpec(E4M3),
     "e4m3-tensor": QSpec(E4M3, (-1, -1)),
+    "nf4-group": QSpec(Codebook("nf4"), (1, 16)),
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 MODES = {

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from qfx.core.errors import SolverError
-from qfx.core.grid import Int
+from qfx.core.grid import E4M3, Int
+from qfx.core.qtensor import stored_scale
 from qfx.core.spec import QSpec
 from qfx.passes.solve._obs import exact_matmul, prepare
 from qfx.passes.solve.gptq import gptq
 from qfx.passes.solve.rtn import rtn
-from tests.passes.solve.layers import SPECS, damped, every_mode, every_spec, layer, loss, same
+from tests.passes.solve.layers import SPECS, by_column, damped, every_mode, every_spec, layer, loss, same
 
 
 @every_spec
@@ -167,3 +168,26 @@ def test_what_does_not_fit_is_refused():
             broken[which][3, 5] = bad
             with pytest.raises(SolverError, match=f"{which} .* not finite"):
                 gptq(broken["weight"], spec, broken["hessian"])
+
+
+DOUBLE = replace(SPECS["nf4-group"], scale=QSpec(Int(8, signed=False), (1, 24), symmetric=False))
+FLOAT_SCALES = replace(SPECS["nf4-group"], block=(1, 8), scale=QSpec(E4M3, (-1, -1)))
+
+
+@pytest.mark.parametrize("spec", [DOUBLE, FLOAT_SCALES], ids=["uint8", "e4m3"])
+def test_scales_that_are_quantized_themselves(spec):
+    """Every weight is rounded with the scale that will be stored; ranges that come later are not known in time."""
+    w, h = layer(0)
+    for mode in ({}, {"act_order": True}):
+        q, report = gptq(w, spec, h, dtype=torch.float64, **mode)
+        assert (
+            report.loss == pytest.approx(loss(w, q.dequantize(), damped(h)), rel=1e-9) and report.loss < report.loss_rtn
+        )
+        assert torch.equal(stored_scale(q.scale, spec), q.scale) and torch.equal(q.scale, rtn(w, spec).scale)
+        assert not torch.equal(q.scale, rtn(w, replace(spec, scale=None)).scale)
+        with pytest.raises(SolverError, match="use static_groups=True"):
+            gptq(w, spec, h, static_groups=False, **mode)
+    assert same(gptq(w, spec, h, dtype=torch.float64)[0], by_column(w, spec, h))
+    for clip in ("mse", "output"):
+        q = rtn(w, spec, h, clip=clip)
+        assert torch.equal(stored_scale(q.scale, spec), q.scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qfx.core.errors import SolverError
-from qfx.core.grid import E4M3, Int
+from qfx.core.grid import E4M3, Codebook, Int
 from qfx.core.qtensor import QTensor, encode, fake_quantize
 from qfx.core.spec import QSpec
 from qfx.passes.solve._ranges import weight_range
@@ -21,6 +21,7 @@ SPECS = {
     "uint2-channel": QSpec(Int(2, signed=False), symmetric=False),
     "uint4-tensor": QSpec(Int(4, signed=False), (-1, -1), symmetric=False),
     "e4m3-channel": QSpec(E4M3),
+    "nf4-channel": QSpec(Codebook("nf4")),
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qfx.core.errors import SolverError
-from qfx.core.grid import E4M3, E5M2, Int
+from qfx.core.grid import E4M3, E5M2, Codebook, Int
 from qfx.core.qtensor import QTensor, blocked, encode
 from qfx.core.spec import QSpec
 from qfx.passes.solve.rtn import rtn
@@ -19,6 +19,8 @@ GRIDS = {
     "uint4": Int(4, signed=False),
     "e4m3": E4M3,
     "e5m2": E5M2,
+    "nf4": Codebook("nf4"),
+    "fp4": Codebook("e2m1"),
 }
 SPECS = {
     f"{grid}-{block}": QSpec(g, b, symmetric=not grid.startswith("uint"))
@@ -74,6 +76,9 @@ def test_min_max_errors_are_at_most_half_a_step(spec):
     if isinstance(spec.grid, Int):
         # a zero point is rounded, so the ends of an asymmetric range may be half a step outside
         assert (error <= scale * (0.5 if spec.symmetric else 1.0) * (1 + 1e-4)).all()
+    elif isinstance(spec.grid, Codebook):
+        widest = torch.tensor(sorted(spec.grid.values)).diff().max()
+        assert (error <= scale * widest / 2 * (1 + 1e-4)).all()
     else:  # half a unit in the last place, or half the smallest subnormal
         smallest = torch.finfo(spec.grid.dtype).smallest_normal * 2.0**-spec.grid.man
         assert (error <= torch.maximum(w.abs() * 2.0 ** -(spec.grid.man + 1), scale * smallest / 2) * (1 + 1e-4)).all()
