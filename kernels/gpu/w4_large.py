@@ -1,208 +1,296 @@
-"""Weights of 4 bits times many tokens on Hopper: one warp loads by TMA, two warpgroups decode and multiply.
+"""Weights of 4 bits times many tokens on Hopper: one warp loads by TMA, eight decode and multiply.
 
-A tile is 256 rows of the weight by 128 tokens; each warpgroup has 128 of the rows. Weights are decoded in registers
-into the left operand of the product while the tensor cores work on what was decoded before. Sums stay in one set of
-registers: before a new group of columns starts they are multiplied by the ratio of the old scale to the new one.
-Work is a list of pieces (a tile, a range of its columns), cut so that every multiprocessor gets the same amount.
-Not for Triton's interpreter.
+A tile is 256 rows of the weight by 128 tokens. The weight is the left operand of the product and is decoded in
+registers, 16 columns while the tensor cores work on those before. Decoded weights are rounded
+to the dtype of the activations, scale included, so that sums never leave the tensor cores. Work is a list of pieces
+(a tile, a range of its columns), cut so that every multiprocessor gets the same amount. Not for Triton's interpreter.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
 import triton.experimental.gluon.language as gl
+from torch import Tensor
 from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qfx.kernels.gpu.launch import Launcher, capability
+from qfx.kernels.gpu.parts import counters
+from qfx.kernels.gpu.pieces import _halves, async_load, finish, piece, pieces, place
 
 
-def _planes(shift: int, kind: str, magic: str) -> str:
-    """PTX: nibbles at bits `shift` and `shift + 4` of each halfword of $2, masked by $3, as floats less $4."""
-    out = "{ .reg .b32 c, t;"
-    for i in range(2):
-        out += f"shr.b32 t, $2, {shift + 4 * i};" if shift + i else "mov.b32 t, $2;"
-        out += f"lop3.b32 c, t, $3, {magic}, 0xEA; sub.{kind}x2 ${i}, c, $4;"
-    return out + "}"
-
-
-# 0x4300 is 128 in bfloat16, 0x6400 is 1024 in float16, and the last bit is worth 1: or-ing a nibble in adds it
-_BF16_LOW, _BF16_HIGH = (gl.constexpr(_planes(s, "bf16", "0x43004300")) for s in (0, 8))
-_F16_LOW, _F16_HIGH = (gl.constexpr(_planes(s, "f16", "0x64006400")) for s in (0, 8))
+def _plane(kind: str, magic: str, plane: int, scaled: bool) -> str:
+    """PTX: one nibble of each halfword of $1, less $2, times $3 + $4."""
+    out = f"{{ .reg .b32 c, t; shr.b32 t, $1, {4 * plane}; lop3.b32 c, t, 0x000f000f, {magic}, 0xEA;"
+    if scaled:
+        return out + f"sub.{kind}x2 c, c, $2; mul.{kind}x2 t, c, $4; fma.rn.{kind}x2 $0, c, $3, t; }}"
+    return out + f"sub.{kind}x2 $0, c, $2; }}"
 
 
 @gluon.jit
-def _decode(words, keep, zero, DOT: gl.constexpr, HIGH: gl.constexpr):
-    """Two of the four planes of nibbles of int16 `[n, 32]` (`quarters`) as floats `[n, 64]`: no data moves."""
-    if zero.dtype == gl.float16:
-        ASM: gl.constexpr = _F16_HIGH if HIGH else _F16_LOW
+def _decode(words, zero, scale, rest, DOT: gl.constexpr, ASM: gl.constexpr, PLANE: gl.constexpr, SCALED: gl.constexpr):
+    """A nibble of each int16 as a float, less `zero`, times `scale + rest`; rounded once, but for 2⁻⁸ of that."""
+    TEXT: gl.constexpr = ASM[PLANE]
+    if SCALED:
+        a = gl.inline_asm_elementwise(TEXT, "=r,r,r,r,r", [words, zero, scale, rest], zero.dtype, True, 2)
     else:
-        ASM: gl.constexpr = _BF16_HIGH if HIGH else _BF16_LOW
-    a0, a1 = gl.inline_asm_elementwise(
-        asm=ASM,
-        constraints="=r,=r,r,r,r",
-        args=[words, keep, zero],
-        dtype=(zero.dtype, zero.dtype),
-        is_pure=True,
-        pack=2,
-    )
-    a = gl.join(a0, a1).permute((0, 2, 1)).reshape((words.shape[0], 64))
+        a = gl.inline_asm_elementwise(TEXT, "=r,r,r", [words, zero], zero.dtype, True, 2)
     return gl.convert_layout(a, DOT, assert_trivial=True)
-
-
-@gluon.jit
-def _share(pid, programs, total):
-    return (total * pid) // programs
-
-
-@gluon.jit
-def _pieces(M, N, K, BT: gl.constexpr, WHOLE: gl.constexpr):
-    """This program's share: tiles that it computes alone, then `[first, last)` of the blocks of all other tiles."""
-    tiles = gl.cdiv(N, 256) * gl.cdiv(M, BT)
-    blocks = gl.cdiv(K, 128)
-    pid, programs = gl.program_id(0), gl.num_programs(0)
-    if WHOLE:
-        alone = (tiles - pid + programs - 1) // programs
-        first = 0
-        last = 0
-    else:
-        waves = gl.maximum(tiles // programs - 1, 0)  # what is left for the streams is at least a tile for each
-        alone = waves
-        rest = (tiles - waves * programs) * blocks
-        first = waves * programs * blocks + (rest * pid) // programs
-        last = waves * programs * blocks + (rest * (pid + 1)) // programs
-    streamed = gl.where(last > first, (last - 1) // blocks - first // blocks + 1, 0)
-    return blocks, alone, first, last, alone + streamed
-
-
-@gluon.jit
-def _piece(i, blocks, alone, first, last):
-    """Tile and range of blocks of a program's i-th piece."""
-    streamed = first // blocks + i - alone
-    tile = gl.where(i < alone, gl.program_id(0) + i * gl.num_programs(0), streamed)
-    k0 = gl.where(i < alone, 0, gl.maximum(first - tile * blocks, 0))
-    k1 = gl.where(i < alone, blocks, gl.minimum(last - tile * blocks, blocks))
-    return tile, k0, k1
-
-
-@gluon.jit
-def _place(tile, M, N, BT: gl.constexpr, TOKENS: gl.constexpr):
-    """Tile number to (row tile, token tile): groups of TOKENS token tiles, so that what runs together shares."""
-    tokens = gl.cdiv(M, BT)
-    width = TOKENS * gl.cdiv(N, 256)
-    group = tile // width
-    size = gl.minimum(tokens - group * TOKENS, TOKENS)
-    inside = tile % width
-    return inside // size, group * TOKENS + inside % size
 
 
 @gluon.jit
 def _load(x, w, xs, ws, full, free, M, N, K, BT: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
           WHOLE: gl.constexpr):  # fmt: skip
-    blocks, alone, first, last, pieces = _pieces(M, N, K, BT, WHOLE)
+    _, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
     step = 0
-    for i in range(pieces):
-        tile, k0, k1 = _piece(i, blocks, alone, first, last)
-        n, m = _place(tile, M, N, BT, TOKENS)
+    for number in range(count):
+        tile, k0, k1 = piece(number, blocks, alone, first, last)
+        n, m = place(tile, M, N, BT, TOKENS)
         for k in range(k0, k1):
             slot = step % STAGES
             # the slot's first turn finds the barrier of the turn before it already passed
             mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
             ready = full.index(slot)
             mbarrier.expect(ready, BT * 256 + 2 * 128 * 64)
-            tma.async_copy_global_to_shared(w, [(2 * n * blocks + k) * 128, 0], ready, ws.index(2 * slot))
-            tma.async_copy_global_to_shared(w, [((2 * n + 1) * blocks + k) * 128, 0], ready, ws.index(2 * slot + 1))
-            tma.async_copy_global_to_shared(x, [m * BT, k * 128], ready, xs.index(2 * slot))
-            tma.async_copy_global_to_shared(x, [m * BT, k * 128 + 64], ready, xs.index(2 * slot + 1))
+            words = ws.index(slot)
+            async_load(w, [(2 * n * blocks + k) * 128, 0], ready, words.slice(0, 128, 0))
+            async_load(w, [((2 * n + 1) * blocks + k) * 128, 0], ready, words.slice(128, 128, 0))
+            async_load(x, [m * BT, k * 128], ready, xs.index(2 * slot))
+            async_load(x, [m * BT, k * 128 + 64], ready, xs.index(2 * slot + 1))
             step += 1
 
 
 @gluon.jit
-def _group(s_ptr, z_ptr, g, stride, rows, live, F16: gl.constexpr):
-    """Scale and zero point of a group for the rows of a warpgroup."""
-    s = gl.load(s_ptr + g * stride + rows, mask=live, other=1.0)
+def _group(s_ptr, z_ptr, k, GROUP: gl.constexpr, stride, rows):
+    """Scale and zero point of the group of a block of columns, for each row."""
+    at = rows
+    if GROUP > 0:
+        at += k * 128 // GROUP * stride
+    s = gl.load(s_ptr + at)
     if z_ptr is None:
         z = gl.full(rows.shape, 8, gl.uint8, rows.type.layout)
     else:
-        z = gl.load(z_ptr + g * stride + rows, mask=live, other=0)
+        z = gl.load(z_ptr + at)
     return s, z
 
 
 @gluon.jit
 def _operands(s, z, DOT: gl.constexpr, FLOAT: gl.constexpr):
-    """Mask of a nibble and the number to take off, for each row; a group whose scale counts as zero decodes to 0."""
-    MAGIC: gl.constexpr = 1024.0 if FLOAT == gl.float16 else 128.0
-    dead = gl.abs(s) < 2.0**-64
-    keep = gl.where(dead, 0, 15).to(gl.int16)
-    zero = (gl.where(dead, 0.0, z.to(gl.float32)) + MAGIC).to(FLOAT)
-    keep = gl.convert_layout(keep, gl.SliceLayout(1, DOT), assert_trivial=True)
-    zero = gl.convert_layout(zero, gl.SliceLayout(1, DOT), assert_trivial=True)
-    return gl.expand_dims(keep, 1), gl.expand_dims(zero, 1)
+    """For each row the number to take off, and the scale as a sum of two floats of 16 bits."""
+    MAGIC: gl.constexpr = 2.0**FLOAT.fp_mantissa_width  # 1024 or 128
+    zero = (z.to(gl.float32) + MAGIC).to(FLOAT)
+    scale = s.to(FLOAT)
+    rest = (s - scale.to(gl.float32)).to(FLOAT)
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, DOT)
+    zero = gl.expand_dims(gl.convert_layout(zero, LAYOUT, assert_trivial=True), 1)
+    scale = gl.expand_dims(gl.convert_layout(scale, LAYOUT, assert_trivial=True), 1)
+    rest = gl.expand_dims(gl.convert_layout(rest, LAYOUT, assert_trivial=True), 1)
+    return zero, scale, rest
 
 
 @gluon.jit
-def _consume(
+def _multiply(
     x, y, xs, ws, staged, full, free, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
     GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
-    HALF: gl.constexpr,
+    ASM: gl.constexpr,
 ):  # fmt: skip
-    """Rows 128 HALF ... of every tile."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
+    """16 columns at a time are decoded while the tensor cores work on those before."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BT, 16])
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     FLOAT: gl.constexpr = x.dtype
-    blocks, alone, first, last, pieces = _pieces(M, N, K, BT, WHOLE)
-    rows = gl.arange(0, 128, gl.SliceLayout(1, MMA))
+    SCALED: gl.constexpr = GROUP > 0
+    tiles, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
+    rows = gl.arange(0, 256, gl.SliceLayout(1, MMA))
     step = 0
-    for i in range(pieces):
-        tile, k0, k1 = _piece(i, blocks, alone, first, last)
-        n, m = _place(tile, M, N, BT, TOKENS)
-        rn = n * 256 + HALF * 128 + rows
-        live = rn < stride
-        acc = gl.zeros([128, BT], gl.float32, MMA)
-        a1 = gl.zeros([128, 64], FLOAT, DOT)
-        unit = gl.full([128], 1.0, gl.float32, gl.SliceLayout(1, MMA))
-        s, z = _group(s_ptr, z_ptr, gl.maximum(k0 * 128 // GROUP, 0) if GROUP > 0 else 0, stride, rn, live, False)
-        if GROUP < 0:
-            unit = s
-            keep, zero = _operands(s, z, DOT, FLOAT)
+    for number in range(count):
+        tile, k0, k1 = piece(number, blocks, alone, first, last)
+        n, m = place(tile, M, N, BT, TOKENS)
+        rn = gl.minimum(n * 256 + rows, stride - 1)  # what lies beyond is not stored
+        acc = gl.zeros([256, BT], gl.float32, MMA)
+        older = gl.zeros([256, 16], FLOAT, DOT)
+        oldest = older
+        s, z = _group(s_ptr, z_ptr, k0, GROUP, stride, rn)
         for k in range(k0, k1):
             slot = step % STAGES
-            if GROUP > 0:
-                keep, zero = _operands(s, z, DOT, FLOAT)
-                new = gl.where(gl.abs(s) < 2.0**-64, unit, s)
-                ratio = gl.where(new == unit, 1.0, unit / new)
-                unit = new
-                # loaded one block ahead: its latency passes while a block is computed
-                g = gl.minimum(k + 1, blocks - 1) * 128 // GROUP
-                s, z = _group(s_ptr, z_ptr, g, stride, rn, live, False)
+            zero, scale, rest = _operands(s, z, DOT, FLOAT)
+            if GROUP > 0:  # loaded one block ahead: the latency passes while a block is computed
+                s, z = _group(s_ptr, z_ptr, gl.minimum(k + 1, blocks - 1), GROUP, stride, rn)
             mbarrier.wait(full.index(slot), step // STAGES & 1)
-            words = ws.index(2 * slot + HALF).load(DOT)
-            a0 = _decode(words, keep, zero, DOT, False)
-            if GROUP > 0:
-                acc, a1 = warpgroup_mma_wait(0, deps=[acc, a1])
-                mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > k0)
-                acc = acc * gl.expand_dims(ratio, 1)
-                acc = warpgroup_mma(a0, xs.index(2 * slot).permute((1, 0)), acc, is_async=True)
-            else:
-                acc = warpgroup_mma(a0, xs.index(2 * slot).permute((1, 0)), acc, is_async=True)
-                acc, a1 = warpgroup_mma_wait(1, deps=[acc, a1])
-                mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > k0)
-            a1 = _decode(words, keep, zero, DOT, True)
-            acc = warpgroup_mma(a1, xs.index(2 * slot + 1).permute((1, 0)), acc, is_async=True)
-            acc, a0 = warpgroup_mma_wait(1, deps=[acc, a0])
+            words = ws.index(slot).load(DOT)
+            low, high = _halves(words, DOT)
+            for i in gl.static_range(8):  # 16 columns each
+                half = low if i % 2 == 0 else high
+                a = _decode(half, zero, scale, rest, DOT, ASM, i // 2, SCALED)
+                columns = xs.index(2 * slot + i // 4).slice(i % 4 * 16, 16, 1)
+                acc = warpgroup_mma(a, columns.permute((1, 0)), acc, is_async=True)
+                # two products go on while the next columns are decoded
+                acc, oldest = warpgroup_mma_wait(2, deps=[acc, oldest])
+                oldest = older
+                older = a
+                if i == 1:  # all of the last block is done
+                    mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > k0)
             step += 1
-        acc, a1 = warpgroup_mma_wait(0, deps=[acc, a1])
+        acc, older, oldest = warpgroup_mma_wait(0, deps=[acc, older, oldest])
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
-        acc = acc * gl.expand_dims(unit, 1)
-
-        done = True
-        if not WHOLE:
-            if (k0 > 0) | (k1 < blocks):
-                acc, done = _join_parts(acc, part_ptr, count_ptr, tile, first, blocks, alone, HALF, MMA)
-        if done:
-            if b_ptr is not None:
-                bias = gl.load(b_ptr + rn, mask=rn < N, other=0.0).to(gl.float32)
-                acc = acc + gl.expand_dims(bias, 1)
-            tma.store_wait(0)  # the last tile has left
-            gl.thread_barrier()
-            staged.index(HALF).permute((1, 0)).store(acc.to(y.dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            tma.async_copy_shared_to_global(y, [m * BT, n * 256 + HALF * 128], staged.index(HALF))
+        if GROUP < 0:
+            acc = acc * gl.expand_dims(s, 1)
+        finish(acc, y, staged, b_ptr, part_ptr, count_ptr, n, m, N, tile, tiles, k0, k1, blocks, alone, WHOLE, 0)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _w4_large(
+    x, w, y, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+    GROUP: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
+    ASM: gl.constexpr,
+):  # fmt: skip
+    BT: gl.constexpr = x.block_shape[0]
+    xs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BT, 64], x.layout)
+    ws = gl.allocate_shared_memory(w.dtype, [STAGES, 256, 32], w.layout)
+    staged = gl.allocate_shared_memory(y.dtype, [BT, 256], y.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    x, y, xs, ws, staged, full, free, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+                    GROUP, BT, TOKENS, STAGES, WHOLE, ASM,
+                ),
+            ),
+            (_load, (x, w, xs, ws, full, free, M, N, K, BT, TOKENS, STAGES, WHOLE)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one launch is cut.
+
+    Attributes:
+        bt: tokens of a tile.
+        stages: blocks of 128 columns in flight.
+        tokens: token tiles that run together.
+        whole: every program computes whole tiles; otherwise the last ones are split among all programs.
+        programs: how many there are at most; 0 for one on each multiprocessor.
+    """
+
+    bt: int = 128
+    stages: int = 3
+    tokens: int = 8
+    whole: bool = False
+    programs: int = 0
+
+
+@cache
+def launcher(config: Config, group: int, f16: bool) -> Launcher:
+    """The kernel for one configuration."""
+    # 0x4300 is 128 in bfloat16, 0x6400 is 1024 in float16, and the last bit is worth 1: or-ing a nibble in adds it
+    form = ("f16", "0x64006400") if f16 else ("bf16", "0x43004300")
+    return Launcher(
+        _w4_large,
+        GROUP=group,
+        TOKENS=config.tokens,
+        STAGES=config.stages,
+        WHOLE=config.whole,
+        ASM=tuple(_plane(*form, i, group > 0) for i in range(4)),
+        num_warps=8,
+    )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@cache
+def _layout(block: tuple[int, int], dtype: str) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, dtype))
+
+
+def _descriptor(x: Tensor, shape: list[int], stride: int, block: tuple[int, int], dtype: str) -> Any:
+    """A descriptor without its checks, which `supports` made."""
+    d = object.__new__(TensorDescriptor)
+    d.base, d.shape, d.strides, d.block_shape, d.padding = x, shape, [stride, 1], list(block), "zero"
+    d.layout = _layout(block, dtype)
+    return d
+
+
+def supports(x: Tensor, rows: int, group: int) -> str | None:
+    """None if `w4_large` takes these activations and groups on this GPU, otherwise the reason why not."""
+    if capability(x.device) != 90:
+        return "w4_large: made for compute capability 9.0"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"w4_large: activations of {x.dtype}"
+    if rows % 8 or x.shape[1] % 8 or x.stride(0) % 8 or x.data_ptr() % 16:
+        return "w4_large: rows of x and y that do not start at multiples of 16 bytes"
+    if group > 0 and group % 128:
+        return f"w4_large: groups of {group}; it takes multiples of 128"
+    return None
+
+
+def w4_large(
+    x: Tensor,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    group: int,
+    config: Config = Config(),
+) -> Tensor:
+    """`x @ W.T + bias` from kernel layout, for many tokens.
+
+    Args:
+        x: bfloat16 or float16 `[tokens, in]`, its rows contiguous.
+        tiles: uint8 `[row tiles, column tiles, 128, 64]`, layout `quarters`.
+        scale: float32 `[groups, 128 · row tiles]`; rounded to 16 bits with the weight.
+        zero: uint8 of that shape, or None.
+        bias: `[out]`.
+        rows: `out`.
+        group: columns that share a scale: a multiple of 128, or -1 for all of them.
+        config: how the launch is cut.
+
+    Returns:
+        `[tokens, out]` of x's dtype.
+    """
+    tokens, columns = x.shape
+    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    if tokens == 0 or rows == 0:
+        return y
+    dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float16"
+    bt, blocks = config.bt, tiles.shape[1]
+    count = -(-rows // 256) * -(-tokens // bt)
+    programs = config.programs or _processors(x.device)
+    programs = min(programs, count if config.whole else count * blocks)
+    part = arrived = None
+    if not config.whole:
+        part = torch.empty(programs * 2 * 256 * bt, dtype=torch.float32, device=x.device)
+        arrived = counters(min(count, 2 * programs), x.device)
+    words = tiles.view(torch.int16)
+    launcher(config, group, x.dtype == torch.float16)(
+        (programs, 1, 1),
+        _descriptor(x, [tokens, columns], x.stride(0), (bt, 64), dtype),
+        _descriptor(words, [tiles.shape[0] * blocks * 128, 32], 32, (128, 32), "int16"),
+        _descriptor(y, [tokens, rows], rows, (bt, 256), dtype),
+        scale, zero, bias, part, arrived, tokens, rows, columns, scale.shape[1],
+    )  # fmt: skip
+    return y

@@ -1,0 +1,81 @@
+"""The kernels of 4-bit weights and many tokens, on a GPU of compute capability 9.0.
+
+For activations of 16 bits, weights in groups are rounded to the dtype of the activations, as those of the op are: code
+times scale, the scale as a sum of two floats, so twice the unit roundoff covers both. (One scale for a row is applied
+in float32.) What is subnormal in float16 loses at most one step of 2⁻²⁴, twice. Sums are held to the bound of
+test_w4.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qfx.kernels import w4a16_linear
+from qfx.kernels.gpu.launch import INTERPRET
+from tests.kernels.gpu.test_w4 import group_of, prepared, worst
+from tests.kernels.law import make_case
+
+pytest.importorskip("triton.experimental.gluon")
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(INTERPRET or not HOPPER, reason="needs a GPU of compute capability 9.0"),
+]
+
+SHAPES = [
+    ((128,), 128, 256),
+    ((1,), 256, 8),
+    ((130,), 1152, 344),
+    ((300,), 2048, 264),
+    ((257,), 8192, 1024),
+    ((1024,), 512, 8192),
+    ((128,), 14336, 128),
+    ((200,), 136, 520),
+]
+SCHEMES = ["W4A16_G128", "W4A16_ASYM_G128", "W4A16_G256", "W4A16_CHANNEL", "W4A16_ASYM_CHANNEL"]
+
+
+def configs():
+    from qfx.kernels.gpu.w4_large import Config
+
+    return [Config(), Config(whole=True), Config(programs=7), Config(tokens=1, stages=2), Config(programs=2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a16(shape, scheme, dtype) -> None:
+    from qfx.kernels.gpu.w4_large import supports, w4_large
+
+    columns = shape[1]
+    if ("G128" in scheme and columns % 128) or ("G256" in scheme and columns % 256):
+        pytest.skip("no whole groups")
+    case = make_case(*shape, scheme, dtype)
+    parts = prepared(case, w4a16_linear)
+    x, bias = case.x.cuda(), case.bias.cuda()
+    args = parts["tiles"], parts["scale"], parts["zero"], bias, shape[2], group_of(case)
+    assert supports(x, shape[2], args[-1]) is None
+    w = case.weight.dequantize()
+    u = torch.finfo(dtype).eps / 2
+    extra = 0.0 if args[-1] < 0 else 2 * u
+    if dtype == torch.float16 and extra:
+        extra += float(2 * 2.0**-24 / w.abs().where(w != 0, w.new_ones(())).min())
+    strided = torch.zeros(len(x), columns + 8, dtype=dtype, device="cuda")[:, :columns]
+    strided.copy_(x)
+    for config in configs():
+        y = w4_large(x, *args, config)
+        assert worst(y, case.x, w, case.bias, extra=extra) <= 1
+        assert w4_large(x, *args, config).equal(y)  # and two runs are equal bit for bit
+        assert w4_large(strided, *args, config).equal(y)
+
+
+def test_a_wrong_nibble_is_seen() -> None:
+    from qfx.kernels.gpu.w4_large import w4_large
+
+    case = make_case((128,), 128, 256, "W4A16_G128", torch.bfloat16)
+    parts = prepared(case, w4a16_linear)
+    parts["tiles"][1, 0, 5, 7] ^= 128
+    y = w4_large(case.x.cuda(), parts["tiles"], parts["scale"], None, case.bias.cuda(), 256, 128)
+    assert worst(y, case.x, case.weight.dequantize(), case.bias, extra=2.0**-8) > 1
