@@ -45,15 +45,16 @@ def int4_to_float(words, zero, F16: tl.constexpr):
             pack=2,
         )
     else:
-        # 0x4300 is 128 in bfloat16
-        z = (zero + 128.0).to(tl.bfloat16)
+        # 0x4300 is 128 in bfloat16; the difference is a product with 1 and a sum, which sm_80 has, and is exact too
+        z = (-128.0 - zero).to(tl.bfloat16)
         a0, a1, a2, a3 = tl.inline_asm_elementwise(
             asm="""{
-            .reg .b32 c, t;
-            lop3.b32 c, $4, 0x000f000f, 0x43004300, 0xEA; sub.bf16x2 $0, c, $5;
-            shr.b32 t, $4, 4;  lop3.b32 c, t, 0x000f000f, 0x43004300, 0xEA; sub.bf16x2 $1, c, $5;
-            shr.b32 t, $4, 8;  lop3.b32 c, t, 0x000f000f, 0x43004300, 0xEA; sub.bf16x2 $2, c, $5;
-            shr.b32 t, $4, 12; lop3.b32 c, t, 0x000f000f, 0x43004300, 0xEA; sub.bf16x2 $3, c, $5;
+            .reg .b32 c, t, one;
+            mov.b32 one, 0x3f803f80;
+            lop3.b32 c, $4, 0x000f000f, 0x43004300, 0xEA; fma.rn.bf16x2 $0, c, one, $5;
+            shr.b32 t, $4, 4;  lop3.b32 c, t, 0x000f000f, 0x43004300, 0xEA; fma.rn.bf16x2 $1, c, one, $5;
+            shr.b32 t, $4, 8;  lop3.b32 c, t, 0x000f000f, 0x43004300, 0xEA; fma.rn.bf16x2 $2, c, one, $5;
+            shr.b32 t, $4, 12; lop3.b32 c, t, 0x000f000f, 0x43004300, 0xEA; fma.rn.bf16x2 $3, c, one, $5;
             }""",
             constraints="=r,=r,=r,=r,r,r",
             args=[words, z],

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from qfx.kernels.gpu.gemm8_config import Config, Operands, descriptor
 from qfx.kernels.gpu.gemm8_epilogue import add_outliers, put, scaled, shifted
-from qfx.kernels.gpu.launch import Launcher
+from qfx.kernels.gpu.launch import Launcher, capability
 from qfx.kernels.gpu.rowwise import round_to
 
 
@@ -235,7 +235,9 @@ def _fitting(config: Config, residual: bool, activation: bool, four_bytes: bool)
 
 def launch(config: Config, o: Operands) -> None:
     """Fills `o.out` by the normal form."""
-    config = _fitting(config, o.residual is not None, o.activation != "", o.out.element_size() == 4)
+    # sums in tensor memory (sm_100) pass through shared memory to meet a bias, too
+    more = o.activation != "" or (o.bias is not None and capability(o.a.device) >= 100)
+    config = _fitting(config, o.residual is not None, more, o.out.element_size() == 4)
     (m, k), n = o.a.shape, o.b.shape[0]
     tiles = -(-m // config.tokens) * -(-n // config.channels)
     a: object = o.a

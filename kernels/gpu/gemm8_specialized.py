@@ -27,6 +27,11 @@ from qfx.kernels.gpu.gemm8_epilogue import scaled, shifted
 from qfx.kernels.gpu.gemm8_large import place, processors
 from qfx.kernels.gpu.launch import Launcher
 
+# names that newer Tritons changed
+_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+_load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
 
 @gluon.jit
 def _load(a, b, xs, ws, full, free, M, N, K, GROUP: gl.constexpr, STAGES: gl.constexpr):
@@ -42,8 +47,8 @@ def _load(a, b, xs, ws, full, free, M, N, K, GROUP: gl.constexpr, STAGES: gl.con
             mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
             ready = full.index(slot)
             mbarrier.expect(ready, (BM + BN) * BK)
-            tma.async_copy_global_to_shared(a, [m * BM, k * BK], ready, xs.index(slot))
-            tma.async_copy_global_to_shared(b, [n * BN, k * BK], ready, ws.index(slot))
+            _load_tile(a, [m * BM, k * BK], ready, xs.index(slot))
+            _load_tile(b, [n * BN, k * BK], ready, ws.index(slot))
             step += 1
 
 
@@ -78,11 +83,11 @@ def _multiply(
         y = scaled(acc, rows, columns, M, N, a_scale, b_scale, a_zero, b_sums, a_scale_step, b_scale_step, a_zero_step)
         y = shifted(y, rows, columns, M, N, bias, residual, ACTIVATION)
         tma.store_wait(0)  # the last tile has left
-        gl.thread_barrier()
+        _barrier()
         staged.store(y.to(out.dtype))
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(out, [m * BM, n * BN], staged)
+        _barrier()
+        _store_tile(out, [m * BM, n * BN], staged)
     tma.store_wait(0)
 
 

@@ -256,6 +256,7 @@ def w4_large(
     rows: int,
     group: int,
     config: Config = Config(),
+    out: Tensor | None = None,
 ) -> Tensor:
     """`x @ W.T + bias` from kernel layout, for many tokens.
 
@@ -268,12 +269,13 @@ def w4_large(
         rows: `out`.
         group: columns that share a scale: a multiple of 128, or -1 for all of them.
         config: how the launch is cut.
+        out: `[tokens, out]` of x's dtype, contiguous, to be filled; or None.
 
     Returns:
         `[tokens, out]` of x's dtype.
     """
     tokens, columns = x.shape
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device) if out is None else out
     if tokens == 0 or rows == 0:
         return y
     dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float16"
