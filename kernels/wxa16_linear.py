@@ -32,6 +32,7 @@ CASES = [
     ((3,), 160, 33, "W3A16_ASYM_G32"),
     ((2, 3), 136, 24, "W3A16_CHANNEL"),
     ((7,), 256, 17, "W3A16_ASYM_G128"),
+    ((4,), 40, 24, "W8A16_G40"),
     ((0,), 128, 8, "W8A16_TENSOR"),
 ]
 """(leading dims, in_features, out_features, scheme)."""

@@ -14,7 +14,7 @@ from qfx.kernels.gpu.launch import interpreted
 
 @triton.jit
 def int8_to_float(words, zero, ZERO: tl.constexpr, F16: tl.constexpr):
-    """int16 `[n, 64]` of layout `bytes`, less `zero` `[n, 1]`, which is 128 unless ZERO; exact."""
+    """int16 `[n, 64]` (or half of that) of layout `bytes`, less `zero` `[n, 1]`, which is 128 unless ZERO; exact."""
     if interpreted:
         w = words.to(tl.int32)
         a0 = (w & 255).to(tl.float32) - zero
@@ -71,7 +71,7 @@ def int8_to_float(words, zero, ZERO: tl.constexpr, F16: tl.constexpr):
                 is_pure=True,
                 pack=2,
             )
-    return tl.join(a0, a1).permute(0, 2, 1).reshape(words.shape[0], 128)
+    return tl.join(a0, a1).permute(0, 2, 1).reshape(words.shape[0], 2 * words.shape[1])
 
 
 @triton.jit

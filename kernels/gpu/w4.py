@@ -121,6 +121,9 @@ def _kernel(
     INT: tl.constexpr = DECODE == "int4_int8"
     TILE: tl.constexpr = 128 * (WORDS + HIGH)  # elements
     INSIDE: tl.constexpr = ZERO and GROUP > 0 and not INT and DECODE != "int4"
+    # four groups in a block, but two codes in a word: a row's words are loaded by halves
+    HALVED: tl.constexpr = GROUP == 32 and DECODE == "int8"
+    SPAN: tl.constexpr = WORDS // 2 if HALVED else WORDS
     rows = tl.arange(0, BN)
     rn = pn * BN + rows
     rt = pt * BT + tl.arange(0, BT)
@@ -128,13 +131,13 @@ def _kernel(
     # 128 rows of 128 columns are consecutive in memory; BN divides 128, or is a multiple of it
     if BN <= 128:
         tile = ((pn * BN) // 128).to(tl.int64) * blocks * TILE
-        wp = w_ptr + (tile + ((pn * BN) % 128) * WORDS) + rows[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        wp = w_ptr + (tile + ((pn * BN) % 128) * WORDS) + rows[:, None] * WORDS + tl.arange(0, SPAN)[None, :]
         hp = w_ptr + (tile + ((pn * BN) % 128) * HIGH + 128 * WORDS)  # a second plane
         if HIGH:
             hp += rows[:, None] * HIGH + tl.arange(0, HIGH)[None, :]
     else:
         tile = (rn // 128).to(tl.int64) * blocks * TILE
-        wp = w_ptr + (tile + (rn % 128) * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
+        wp = w_ptr + (tile + (rn % 128) * WORDS)[:, None] + tl.arange(0, SPAN)[None, :]
         hp = w_ptr + (tile + (rn % 128) * HIGH + 128 * WORDS)[:, None]
         if HIGH:
             hp += tl.arange(0, HIGH)[None, :]
@@ -164,6 +167,8 @@ def _kernel(
             h = None
             if HIGH:
                 h = _load_words(hp + ahead, TOKENS)
+            elif HALVED:
+                h = _load_words(wp + (ahead + SPAN), TOKENS)
             at = xp + i * 128
             if GROUP < 0:  # one scale for all columns
                 a = decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM, h)
@@ -189,9 +194,13 @@ def _kernel(
             else:
                 x0, x1 = _load_x(at, live, k, K, EVEN_K), _load_x(at + 32, live, k + 32, K, EVEN_K)
                 x2, x3 = _load_x(at + 64, live, k + 64, K, EVEN_K), _load_x(at + 96, live, k + 96, K, EVEN_K)
-                low, high = _halves(decode(w, plain, table_ptr, DECODE, False, F16, ASM, h), BN, 128)
-                a0, a1 = _halves(low, BN, 64)
-                a2, a3 = _halves(high, BN, 64)
+                if HALVED:
+                    a0, a2 = _halves(decode(w, plain, table_ptr, DECODE, False, F16, ASM), BN, 64)
+                    a1, a3 = _halves(decode(h, plain, table_ptr, DECODE, False, F16, ASM), BN, 64)
+                else:
+                    low, high = _halves(decode(w, plain, table_ptr, DECODE, False, F16, ASM, h), BN, 128)
+                    a0, a1 = _halves(low, BN, 64)
+                    a2, a3 = _halves(high, BN, 64)
                 t0, u0 = _load_group(s_ptr, z_ptr, block * 4, groups, s_stride, rn, ZERO, MIDDLE)
                 t1, u1 = _load_group(s_ptr, z_ptr, block * 4 + 1, groups, s_stride, rn, ZERO, MIDDLE)
                 t2, u2 = _load_group(s_ptr, z_ptr, block * 4 + 2, groups, s_stride, rn, ZERO, MIDDLE)
@@ -290,7 +299,7 @@ def w4(
         zero: uint8 of that shape, or None; integer decoders only.
         bias: `[out]`.
         rows: `out`.
-        group: columns that share a scale: 32, 64, a multiple of 128, or -1 for all of them.
+        group: columns that share a scale: 32, 64, a multiple of 128, or all of them (-1, or their number).
         decoder: what a code means.
         x_scale: float32 `[tokens]` of a quantized x.
         table: the 16 values of a table decoder (Triton's interpreter reads them).
@@ -304,6 +313,8 @@ def w4(
     y = torch.empty((tokens, rows), dtype=dtype, device=x.device)
     if tokens == 0 or rows == 0:
         return y
+    if group not in (32, 64) and group % 128:  # of another size there is only one
+        group = -1
     flags = zero is not None, x_scale is not None, bias is not None, dtype == torch.float16
     capable = capability(x.device)
     if decoder is INT4_TO_E4M3 and INTERPRET:

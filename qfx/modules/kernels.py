@@ -15,7 +15,16 @@ from torch import Tensor
 from qfx.core.errors import KernelError
 from qfx.core.grid import Codebook, Int
 from qfx.core.spec import Scheme, scheme_label
-from qfx.kernels import fp8_linear, int8_linear, nf4_linear, w4a8_linear, w4a16_linear, wna16_linear, wnaq_linear
+from qfx.kernels import (
+    fp8_linear,
+    int8_linear,
+    nf4_linear,
+    w4a8_linear,
+    w4a16_linear,
+    wna16_linear,
+    wnaq_linear,
+    wxa16_linear,
+)
 from qfx.kernels.pack import pack, unpack
 from qfx.kernels.quantize_rows import grid_name
 
@@ -91,6 +100,17 @@ class W4A16:
         return {"bits": grid.bits, "signed": isinstance(grid, Int) and grid.signed}
 
 
+class WxA16(W4A16):
+    """`qfx::wxa16_linear`: weights of 2, 3 or 8 bits, float activations."""
+
+    ops = wxa16_linear
+
+    def call(self, x: Tensor, prepared: Sequence[Tensor | None], bias: Tensor | None, *rest: Any) -> Tensor:
+        """As `Kernel` says."""
+        _input_scale, _input_zero, *settings = rest
+        return torch.ops.qfx.wxa16_linear(x, *prepared, bias, *settings)
+
+
 class W4A8(W4A16):
     """`qfx::w4a8_linear`: the same with activations of 8 bits, quantized for each token."""
 
@@ -145,7 +165,12 @@ class NF4:
         return torch.ops.qfx.nf4_linear(x, *prepared, bias, *settings)
 
 
-KERNELS: dict[str, Kernel] = {"w4a16_linear": W4A16(), "w4a8_linear": W4A8(), "nf4_linear": NF4()}
+KERNELS: dict[str, Kernel] = {
+    "wxa16_linear": WxA16(),
+    "w4a16_linear": W4A16(),
+    "w4a8_linear": W4A8(),
+    "nf4_linear": NF4(),
+}
 """By preference: the first that supports a linear computes it."""
 
 OPS: dict[str, Any] = {

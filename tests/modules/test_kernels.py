@@ -59,6 +59,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
 SCHEMES = ("W4A16_G16", "W3A16_ASYM_G16", "W8A16", "W4A16_TENSOR")
 KERNELS = {
     "reversed": ((2, 5), 48, SCHEMES),
+    "wxa16_linear": ((2, 5), 64, ("W8A16", "W8A16_ASYM_G32", "W3A16_G32", "W3A16_ASYM_TENSOR", "W6A16_CHANNEL")),
     "w4a16_linear": ((2, 5), 64, ("W4A16_G32", "W3A16_ASYM_G32", "W4A16_TENSOR")),
     "nf4_linear": ((2, 5), 64, ("NF4_DQ_G32", "NF4", "FP4_CHANNEL", "FP4_BNB")),
 }
@@ -157,9 +158,11 @@ def test_the_choice_has_a_reason() -> None:
     own = "a GPU kernel with a weight layout of its own"
     assert choose_kernel(parse_scheme("W4A16_G16"), 48, 20) == ("reversed", own)
     assert choose_kernel(parse_scheme("W4A16_G32"), 64, 9) == ("w4a16_linear", own)
+    assert choose_kernel(parse_scheme("W3A16_G32"), 64, 9) == ("wxa16_linear", own)
+    assert choose_kernel(parse_scheme("W8A16"), 64, 9) == ("wxa16_linear", own)
     name, why = choose_kernel(parse_scheme("W4A16_G16"), 48, 9)
     assert name == "wna16_linear" and why.startswith(
-        "PyTorch ops: no GPU kernel takes it; reversed: nine outputs; w4a16"
+        "PyTorch ops: no GPU kernel takes it; reversed: nine outputs; wxa16"
     )
     stored = "a GPU kernel that reads the weight as it is stored"
     assert choose_kernel(parse_scheme("W8A8"), 48, 20) == ("int8_linear", stored)

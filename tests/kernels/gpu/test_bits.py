@@ -167,6 +167,17 @@ def test_all_codes_are_decoded(scheme: str, dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("scheme", ["W8A16_G40", "W3A16_ASYM_G40"])
+def test_one_group_of_an_odd_size(scheme: str) -> None:
+    """As lowering calls the op: the group's size is the scheme's, though there is only one."""
+    case = make_case((4,), 40, 24, scheme, torch.float16)
+    parts = prepared(case, wxa16_linear)
+    decoder = decode4.int_decoder(parts["tiles"].shape[3] // 16, torch.float16)
+    y = gpu.w4(case.x.to(DEVICE), parts["tiles"], parts["scale"], parts["zero"], None, 24, 40, decoder)
+    assert worst(y, case.x, case.weight.dequantize(), None) <= 1
+
+
+@needs_kernels
 def test_no_tokens() -> None:
     parts = prepared(make_case((0,), 128, 8, "W8A16_TENSOR"), wxa16_linear)
     x = torch.empty(0, 128, dtype=torch.bfloat16, device=DEVICE)
