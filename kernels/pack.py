@@ -167,18 +167,16 @@ def store_scale(plain: Mapping[str, Tensor | None], spec: QSpec) -> dict[str, Te
     Raises:
         KernelError: the scales are not what such codes stand for.
     """
-    stored = {**plain, "scale_scale": None}
     if spec.scale is None:
-        return stored
+        return {**plain, "scale_scale": None}
     scale = plain["scale"]
     assert scale is not None
-    stored["scale"], second = quantize_scale(scale, spec)
-    stored["scale_scale"] = second
-    if not scale.is_meta and not torch.equal(dequantize_scale(stored["scale"], second, spec.scale.block[1]), scale):
+    codes, second = quantize_scale(scale, spec)
+    if not scale.is_meta and not torch.equal(dequantize_scale(codes, second, spec.scale.block[1]), scale):
         raise KernelError(
             "store: the scales are not on the grid of their own spec; qfx.core.qtensor.encode rounds them"
         )
-    return stored
+    return {**plain, "scale": codes, "scale_scale": second}
 
 
 def plain_scale(stored: Mapping[str, Tensor | None], spec: QSpec) -> dict[str, Tensor | None]:

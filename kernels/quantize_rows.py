@@ -43,7 +43,7 @@ def grid_name(grid: Grid) -> str:
 
 
 @functools.cache
-def named_grid(name: str) -> Grid:
+def named_grid(name: str) -> Int | Float:
     """The inverse of `grid_name`; an unknown name raises KernelError."""
     if name in _FLOATS:
         return _FLOATS[name]

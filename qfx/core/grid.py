@@ -170,7 +170,7 @@ class Codebook:
         A value that the table has twice (0 and -0) gets the lower code. The codebook has no NaN: it takes finite x.
         """
         codes, bounds = _SEARCH[self.name]
-        place = torch.bucketize(x.float().contiguous(), _constant(bounds, torch.float32, x))
+        place = torch.bucketize(x.float().contiguous(), _constant(bounds, torch.float32, x), out_int32=True)
         return _look_up(_constant(codes, torch.uint8, x), place)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -133,6 +133,11 @@ def unlike(members: Sequence[QLinear]) -> str | None:
         for what, a, b in pairs:
             if a is not None and b is not None and not torch.equal(a, b):
                 return f"another {what}"
+    for member in members if first.scheme.weight.scale else ():
+        try:
+            kernel_scale(member.stored(), member.scheme.weight)
+        except KernelError:
+            return "codes of scales that qfx would not give"
     return None
 
 
