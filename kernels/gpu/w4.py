@@ -345,21 +345,23 @@ def w4(
 
     key = (decoder.kind, group, f"{rows}x{columns}", bucket(tokens))
     dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
-    config = pick(
-        "w4", key, default(tokens, rows, columns, dense), lambda: candidates(tokens, rows, columns, dense), run, words
-    )
+    rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"))
+    config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense), run, words)
     if config.shared and not w4_few.takes(tokens, group):
-        config = default(tokens, rows, columns, dense)
+        config = rule
     run(config, words)
     return y
 
 
-def default(tokens: int, rows: int, columns: int, dense: bool = False) -> Config:
-    """A rule for shapes that nobody has measured: about four programs on each of an H200's 132 multiprocessors."""
+def default(tokens: int, rows: int, columns: int, dense: bool = False, crowded: bool = False) -> Config:
+    """A rule for shapes that nobody has measured: about four programs on each of an H200's 132 multiprocessors.
+
+    `crowded`: decoding leaves no registers for the sums of 128 tokens.
+    """
     if dense and tokens > 512:
         return Config(0, 0, 1, 0, 0, chunk=2048)
     if tokens > 32:
-        return Config(64, 64 if tokens <= 64 else 128, 1, 4, 3, 1 if tokens <= 128 else 8)
+        return Config(64, 64 if tokens <= 64 or crowded else 128, 1, 4, 3, 1 if tokens <= 128 else 8)
     split = max(1, min(8, 528 // (-(-rows // 64)), columns // 512))
     return Config(64, 16 if tokens <= 16 else 32, split, 4, 4)
 
