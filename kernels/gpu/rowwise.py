@@ -232,7 +232,7 @@ def takes(x: Tensor, x_grid: str, x_scale: Tensor | None, x_zero: Tensor | None)
     grid = named_grid(x_grid)
     if isinstance(grid, Float):
         return None if x_grid != "e4m3" or _has_e4m3(x.device) else "no E4M3 on this device"
-    if not grid.signed and (x_scale is None or x_zero is None):
+    if isinstance(grid, Int) and not grid.signed and (x_scale is None or x_zero is None):
         return f"{x_grid} needs a static scale and a zero point"
     return None
 
