@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qfx.core.spec import Scheme, parse_scheme
+from qfx.core.spec import Scheme
 from qfx.kernels.pack import dequantize
 from qfx.kernels.quantize_rows import named_grid, quantize_activation, supports_input
 from qfx.kernels.wna16_linear import check, supports_weight
@@ -24,7 +23,6 @@ CASES = [
     ((4,), 48, 16, "W8A8_G16_STATIC"),
     ((3, 1, 2), 24, 5, "W2A4_ASYM_G8"),
     ((3,), 28, 5, "W6A6_TENSOR"),
-    ((3,), 36, 5, replace(parse_scheme("NF4_DQ_G12"), input=parse_scheme("W8A8").input)),
 ]
 """(leading dims, in_features, out_features, scheme)."""
 

@@ -1,5 +1,6 @@
 """NF4 and FP4 from the recipe's name to the saved file: no data, the size that the scheme says, and the same bits."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,25 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert found is not None and found[0].spec == spec and torch.equal(found[0].dequantize(), q.dequantize())
     module = QLinear.from_qtensor(found[0], None, parse_scheme("NF4_DQ_G16"), dtype=torch.float32)
     assert torch.equal(module.dequantize(), q.dequantize())
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu(llama: Any, ids: torch.Tensor, tmp_path: Path) -> None:
+    """The same bits as on a CPU, the kernel of the table, and files that do not depend on the device."""
+    w = torch.randn(300, 256) * torch.logspace(-2, 2, 300)[:, None]
+    for name in ("NF4", "NF4_DQ", "FP4_DQ_G16", "FP4_BNB_CHANNEL"):
+        here, there = (qfx.core.qtensor.encode_minmax(t, parse_scheme(name).weight) for t in (w, w.cuda()))
+        assert torch.equal(there.codes.cpu(), here.codes) and torch.equal(there.scale.cpu(), here.scale)
+        assert torch.equal(there.dequantize().cpu(), here.dequantize())
+    here = qfx.quantize(copy.deepcopy(llama).bfloat16(), "nf4-dq", progress=False)
+    qfx.save(here, tmp_path / "saved")
+    model = qfx.load(tmp_path / "saved", device="cuda")
+    assert {layer.kernel for layer in model.qfx.lowering.layers} == {"nf4_linear"}
+    want, got = here(ids).logits.float(), model(ids.cuda()).logits.float().cpu()
+    assert ((got - want).norm() / want.norm()).item() < 0.02
+    before, after = here.state_dict(), model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(after[k].cpu(), v) for k, v in before.items())
+    qfx.save(model, tmp_path / "again")
+    again = qfx.load(tmp_path / "again")
+    assert torch.equal(again(ids).logits, here(ids).logits)

@@ -23,6 +23,7 @@ from tests.zoo import ZOO
 CASES = [
     ("llama", "W8A8"),
     ("llama", "W4A16_G32"),
+    ("llama", "NF4_DQ_G32"),
     ("opt", "FP8_DYNAMIC"),
     ("bert", "W8A8_STATIC"),
     ("qwen2", "W4A8_G16"),

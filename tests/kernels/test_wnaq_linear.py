@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qfx.core.errors import KernelError
+from qfx.core.qtensor import quantize_scale
 from qfx.core.spec import parse_scheme
 from qfx.kernels import fp8_linear, int8_linear
 from qfx.kernels.wnaq_linear import CASES, supports, wnaq_linear
@@ -26,6 +27,21 @@ def test_law(shape: tuple, bias: bool, dtype: torch.dtype) -> None:
     case = make_case(*shape, dtype, bias=bias)
     assert supports(case.scheme, shape[1]) is None
     assert violation(run(case), case) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", ["W8A8", "FP8_DYNAMIC", "W8A8_STATIC_ASYM"])
+def test_weights_on_a_codebook(inputs: str, dtype: torch.dtype) -> None:
+    """Their scales as codes, or as what these stand for."""
+    scheme = replace(parse_scheme("NF4_DQ_G8"), input=parse_scheme(inputs).input)
+    case = make_case((5,), 40, 70, scheme, dtype)
+    spec = scheme.weight
+    assert spec.scale is not None and violation(run(case), case) <= 1
+    codes, second = quantize_scale(case.weight.scale, spec)
+    args = (case.x, case.codes, codes, None, None, case.bias, *case.static)
+    given = {**case.stored, **case.input, "scale_scale": second, "scale_block": spec.scale.block[1]}
+    assert torch.equal(wnaq_linear(*args, **given), run(case)) and second.numel() == 2
+    opcheck(wnaq_linear, (case.x.requires_grad_(), *args[1:]), given)
 
 
 @pytest.mark.parametrize("name", ["W4A8_G8", "W3A8_ASYM_G8"])
