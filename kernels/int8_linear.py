@@ -127,8 +127,9 @@ int8_linear.register_autograd(_backward, setup_context=_setup)
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of int8 `[m, k]` and `[n, k]` as int32 `[m, n]`, exactly, on any device."""
-    m, n = a.shape[0], b.shape[0]
-    if m == 0 or not _int_mm_is_exact(a.device):
+    (m, k), n = a.shape, b.shape[0]
+    # of one column `b.t()` has the strides (1, 1), of which the CPU's `_int_mm` makes garbage (torch 2.13)
+    if m == 0 or k < 2 or not _int_mm_is_exact(a.device):
         return _chunked_matmul(a, b)
     if a.device.type == "cuda":
         a, b = _pad(a, b)

@@ -87,7 +87,9 @@ def codes_of(y: Tensor, x_grid: str, x_scale: Tensor | None, x_zero: Tensor | No
     """
     _check(x_grid, x_scale)
     codes, scale, _ = quantize_activation(y, x_grid, x_scale, x_zero, False)
-    return codes, scale if x_scale is None else scale.reshape(()).expand(*y.shape[:-1], 1).contiguous()
+    if x_scale is not None:  # a copy: for a single token, `contiguous` would return the argument itself
+        scale = scale.reshape(()).expand(*y.shape[:-1], 1).clone(memory_format=torch.contiguous_format)
+    return codes, scale
 
 
 def empty_codes(x: Tensor, x_grid: str) -> tuple[Tensor, Tensor]:

@@ -122,6 +122,8 @@ def _(
     group: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    if _not_right(group, x.dtype == torch.float8_e4m3fn):
+        return _reference(x, x_scale, tiles, scale, zero, bias, out_features, group, dtype)
     from qfx.kernels.gpu.decode4 import eight_bit_decoder
     from qfx.kernels.gpu.w4 import w4
 
@@ -216,6 +218,8 @@ def _(
     group: int,
     x_grid: str,
 ) -> Tensor:
+    if _not_right(group, x_grid == "e4m3"):
+        return w4a8_linear._init_fn(x, tiles, scale, zero, order, bias, out_features, group, x_grid)
     from qfx.kernels.gpu.decode4 import eight_bit_decoder
     from qfx.kernels.gpu.gated_quantize import quantize_rows
     from qfx.kernels.gpu.w4 import w4
@@ -259,6 +263,8 @@ def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | Non
         return "w4a8_linear: zero points in groups below 128"
     if w.grid.bits == 4 and not w.grid.signed and w.symmetric:
         return "w4a8_linear: unsigned codes without zero points"
+    if w.block[1] > 0 and _not_right(w.block[1], not isinstance(x.grid, Int)):
+        return "w4a8_linear: groups of 32 with float8 activations: the kernel's sums are not right yet"
     return nibbles.supports_group("w4a8_linear", scheme, in_features)
 
 
@@ -275,6 +281,11 @@ def restore(
     """The inverse of `prepare`."""
     size = {"in_features": in_features, "out_features": out_features}
     return nibbles.restore(prepared, _layout_for(x_grid), bits=bits, signed=signed, offset=0, **size)
+
+
+def _not_right(group: int, float8: bool) -> bool:
+    """Whether the GPU kernel is known to be wrong: it decodes bytes that lie 32 columns apart as neighbours."""
+    return float8 and group == 32
 
 
 def _layout_for(x_grid: str) -> str:

@@ -1,10 +1,11 @@
 """Device code that ends every row-wise kernel: a scale for each token, and codes.
 
 Division. `x / s` is a correctly rounded division in the reference, and ties between two codes are common where x is
-half precision, so that `x · (1/s)` would move every thousandth code. Here it is `q = x r`, `e = x - q s`, `q + e r`
+half precision, so that `x · (1/s)` would move every thousandth code. Here it is `q = x r`, `e = q s - x`, `q - e r`
 with two fused multiply-adds and r = 1/s rounded to nearest: the same float32 as the division for every pair of
 mantissas of bfloat16 or float16 x and a scale amax / reach (`tests/kernels/gpu/test_rowwise.py` goes through all of
-them), so codes equal the reference's. Below 2⁻¹⁰⁰ the remainder e may underflow, and a tie fall to the other side.
+them), so codes equal the reference's. With these signs -0 stays -0, which `x - q s` and `q + e r` would make 0. Below
+2⁻¹⁰⁰ the remainder e may underflow, and a tie fall to the other side.
 
 Rounding. Adding 1.5 · 2²³ rounds a float32 below 2²² half to even, and leaves the integer in its low bits.
 """
@@ -86,12 +87,12 @@ def sigmoid(v):
 
 @triton.jit
 def divide(x, s, r):
-    """`x / s` with r = 1/s."""
+    """`x / s` with r = 1/s; the sign of a zero is x's."""
     if interpreted:
         q = x / s
     else:
         q = x * r
-        q = tl.fma(tl.fma(q, -s, x), r, q)
+        q = tl.fma(tl.fma(q, s, -x), -r, q)
     return q
 
 
@@ -128,7 +129,8 @@ def encode(q, x_zero, KIND: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, CL
                 c = tl.maximum(step, 0.015625) * 1572864.0  # 1.5 · 2^20 of 2^-6
             else:
                 c = tl.maximum(step, 6.103515625e-05) * 3145728.0  # 1.5 · 2^21 of 2^-14
-            q = (q + c) - c
+            sign = q.to(tl.int32, bitcast=True) & -2147483648
+            q = (((q + c) - c).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         codes = q.to(tl.float8e4nv if KIND == "e4m3" else tl.float8e5)
     return codes
 

@@ -44,6 +44,11 @@ def test_extremes_and_layout(dtype: torch.dtype) -> None:
     assert not case.x.is_contiguous() and violation(run(case), case) <= 1
 
 
+def test_one_input_channel() -> None:
+    case = make_case((5,), 1, 7, "W8A8")
+    assert violation(run(case), case) <= 1
+
+
 @pytest.mark.parametrize("factor", [1 + 2**-6, 0.5])
 def test_the_law_notices_a_wrong_scale(factor: float) -> None:
     case = make_case((16,), 64, 32, "W8A8", torch.bfloat16)
@@ -57,7 +62,9 @@ def test_the_law_notices_a_forgotten_zero_point() -> None:
     assert violation(run(wrong), case) > 1
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (0, 3, 8), (5, 7, 3000), (33, 17, 41)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (3, 5, 1), (33, 17, 1), (4, 9, 2), (0, 3, 8), (5, 7, 3000), (33, 17, 41)]
+)
 @pytest.mark.parametrize("matmul", [int_matmul, _chunked_matmul])
 def test_integers_are_exact(m: int, n: int, k: int, matmul) -> None:
     a = torch.randint(-128, 128, (m, k), dtype=torch.int8)

@@ -39,6 +39,24 @@ def test_opcheck(lead: tuple[int, ...], channels: int, grid: str) -> None:
     opcheck(quantize_rows, (torch.randn(*lead, channels), grid))
 
 
+@pytest.mark.parametrize(("grid", "zero"), [("int8", None), ("uint8", 3), ("e4m3", None)])
+@pytest.mark.parametrize("lead", [(1,), (1, 1), (4,), (0,)])
+def test_static_scales_are_a_copy(lead: tuple[int, ...], grid: str, zero: int | None) -> None:
+    """An output that shares memory with an input is none that a custom op may return."""
+    for x_scale in (torch.tensor(0.1), torch.tensor([[0.1]])):
+        point = None if zero is None else torch.tensor(zero, dtype=torch.int32)
+        opcheck(quantize_rows, (torch.randn(*lead, 8), grid, x_scale, point))
+        _, scale = quantize_rows(torch.randn(*lead, 8), grid, x_scale, point)
+        assert scale.shape == (*lead, 1) and scale.data_ptr() != x_scale.data_ptr()
+        assert (scale == 0.1).all() and scale.is_contiguous()
+
+
+@pytest.mark.parametrize("grid", ["e4m3", "e5m2"])
+def test_the_sign_of_zero(grid: str) -> None:
+    codes, _ = quantize_rows(torch.tensor([[-0.0, 0.0, 3.0], [-0.0, 0.0, 0.0]]), grid)
+    assert codes.view(torch.uint8)[:, :2].tolist() == [[0x80, 0], [0x80, 0]]
+
+
 @pytest.mark.parametrize("grid", ["int8_narrow", "e4m3", "e5m2"])
 def test_extremes(grid: str) -> None:
     x = torch.tensor([[0.0, 0.0], [6e4, -6e4], [1e-7, 0.0]], dtype=torch.float16)

@@ -138,12 +138,20 @@ def bound(y: Tensor, terms: Tensor, roundings: int, dtype: torch.dtype, more: Te
 
 
 def worst(out: Tensor, y: Tensor, allowed: Tensor) -> float:
-    """The largest distance in units of the bound; infinite if a value is not finite."""
+    """The largest distance in units of the bound; infinite for NaN.
+
+    What rounds to the power of two behind the largest number of a format becomes infinite, so that an infinity of the
+    right sign is as far off as the exact value is below that power.
+    """
     assert out.shape == y.shape and out.is_contiguous()
     if not out.numel():
         return 0.0
-    ratio = ((out.double() - y).abs() / allowed).max()
-    return float(ratio) if bool(out.isfinite().all()) and bool(ratio.isfinite()) else float("inf")
+    info = torch.finfo(out.dtype)
+    beyond = info.max / (1 - info.eps / 2)
+    right = out.isinf() & ((out > 0) == (y > 0))
+    off = torch.where(right, (beyond - y.abs()).clamp_min(0), (out.double() - y).abs())
+    ratio = (off / allowed).max()
+    return float(ratio) if bool(ratio.isfinite()) else float("inf")
 
 
 def codes_right(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, name: str) -> bool:

@@ -37,7 +37,14 @@ def same_codes(codes: Tensor, scale: Tensor, y: Tensor, grid: str) -> bool:
     if y.dtype == F32:
         return scales_right(y, scale, grid) and codes_right(y, codes, scale, None, grid)
     expected, scales = codes_of(y, grid, None, None)
-    return torch.equal(scale, scales) and torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    off = codes.view(torch.uint8) != expected.view(torch.uint8)
+    if bool(off.any()):
+        r, c = off.nonzero()[0].tolist()
+        values, places = (codes.float() != expected.float()).sum(), scale != scales
+        print(f"{int(off.sum())} codes differ, {int(values)} of them as numbers, and {int(places.sum())} scales")
+        print(f"[{r}, {c}] of {tuple(y.shape)}: {float(y[r, c])!r} over {float(scale[r])!r} ({float(scales[r])!r})")
+        print(f"is {float(codes[r, c])}, not {float(expected[r, c])}")
+    return torch.equal(scale, scales) and not bool(off.any())
 
 
 QUANTIZE = [

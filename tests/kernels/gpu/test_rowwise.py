@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +82,23 @@ def test_extremes(device: str) -> None:
 
 
 @on_devices
+@pytest.mark.parametrize("grid", ["e4m3", "e5m2"])
+def test_the_sign_of_zero(grid: str, device: str) -> None:
+    """Float codes of -0, and of what rounds to it, have its bits."""
+    x = torch.tensor([[-0.0, 0.0, 3.0, -1.0, -1e-12, 1e-12], [-0.0, 0.0, 0.0, -0.0, 0.0, 0.0]])
+    signs = torch.tensor([[1, 0, 0, 1, 1, 0], [1, 0, 0, 1, 0, 0]], dtype=torch.uint8) * 128
+    up = -torch.ones(2, 6)
+    for dtype in DTYPES if device == "cpu" else (torch.bfloat16,):
+        rows = x.to(dtype).to(device)
+        codes, _ = gated.quantize_rows(rows, grid)
+        assert torch.equal(codes.cpu().view(torch.uint8) & 128, signs)
+        codes, _ = gated.gated_quantize(rows, up.to(dtype).to(device), "none", grid)
+        assert torch.equal(codes.cpu().view(torch.uint8) & 128, 128 - signs)
+        codes, _ = gated.quantize_rows(rows, grid, torch.tensor(0.5, device=device))
+        assert torch.equal(codes.cpu().view(torch.uint8) & 128, signs)
+
+
+@on_devices
 def test_tiles(device: str) -> None:
     """Several tokens in a block, warps that share a token, rows that are read twice."""
     x = torch.randn(11, 300).to(torch.bfloat16).to(device)
@@ -109,10 +128,14 @@ def test_division_is_exact() -> None:
             x = mantissas[:, None]
             r = 1 / s
             q = x * r
-            e = (x.double() - q.double() * s.double()).float()
-            result = (q.double() + e.double() * r.double()).float()
+            e = (q.double() * s.double() - x.double()).float()
+            result = (q.double() - e.double() * r.double()).float()
             assert torch.equal(result, x / s)
             assert not torch.equal(q, x / s)  # a product with the reciprocal is not
+    for x, s in ((-0.0, 0.3), (0.0, 0.3), (-0.0, 1.0)):  # float64 rounds none of this
+        q = x * s
+        e = q * s + -x
+        assert math.copysign(1, e * -s + q) == math.copysign(1, x)
 
 
 @on_devices

@@ -7,10 +7,13 @@ the tensor cores' additions counted as two roundings each, since they truncate. 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from qfx.core.spec import parse_scheme
 from qfx.kernels import nf4_linear, w4a8_linear, w4a16_linear
 from qfx.kernels.pack import store
 from qfx.kernels.quantize_rows import quantize_activation
@@ -132,6 +135,14 @@ def test_nf4(shape, dtype, config) -> None:
     )
     exact = (values.double()[codes.long()].unflatten(1, (-1, group)) * absmax.double().unsqueeze(-1)).flatten(1)
     assert worst(y, flat, exact, None) <= 1
+
+
+def test_groups_of_32_with_float8_activations_are_refused() -> None:
+    scheme = parse_scheme("W4AFP8")
+    for group, refused in ((32, True), (64, False), (128, False)):
+        reason = w4a8_linear.supports(replace(scheme, weight=replace(scheme.weight, block=(1, group))), 256)
+        assert ("groups of 32 with float8" in (reason or "")) == refused and (reason is None) != refused
+    assert w4a8_linear.supports(parse_scheme("W4A8_G32"), 256) is None
 
 
 def test_a_wrong_nibble_is_seen(config) -> None:
