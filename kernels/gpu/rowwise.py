@@ -91,8 +91,16 @@ def divide(x, s, r):
     if interpreted:
         q = x / s
     else:
-        q = x * r
-        q = tl.fma(tl.fma(q, s, -x), -r, q)
+        # PTX, as Triton's own `-x` is 0 - x, an operation more; ptxas makes `neg` part of the multiply-add
+        q = tl.inline_asm_elementwise(
+            "{.reg .f32 e, n, q; mul.rn.f32 q, $1, $3; neg.f32 n, $1; fma.rn.f32 e, q, $2, n; neg.f32 n, $3; "
+            "fma.rn.f32 $0, e, n, q;}",
+            "=r,r,r,r",
+            [x, s, r],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
     return q
 
 
