@@ -8,6 +8,7 @@ from torch import Tensor
 from qfx.core.errors import KernelError
 from qfx.core.spec import Scheme
 from qfx.kernels import fp8_linear
+from qfx.kernels._cuda import on_cuda
 from qfx.kernels.int8_gemm import backward, check, finish, setup
 
 CASES = [
@@ -74,7 +75,7 @@ def _(
     return x_codes.new_empty((*x_codes.shape[:-1], codes.shape[0]), dtype=out_dtype)
 
 
-@fp8_gemm.register_kernel("cuda")
+@on_cuda(fp8_gemm)
 def _(
     x_codes: Tensor,
     x_scale: Tensor,

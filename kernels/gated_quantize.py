@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qfx.core.errors import KernelError
+from qfx.kernels._cuda import on_cuda
 from qfx.kernels.quantize_rows import codes_of, empty_codes, gpu_reason
 
 CASES = [
@@ -84,7 +85,7 @@ def _(
     return gate.new_empty(gate.shape), gate.new_empty(0, dtype=torch.float32)
 
 
-@gated_quantize.register_kernel("cuda")
+@on_cuda(gated_quantize)
 def _(
     gate: Tensor,
     up: Tensor | None = None,

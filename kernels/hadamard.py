@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qfx.core.errors import KernelError
+from qfx.kernels._cuda import on_cuda
 from qfx.kernels.hadamard_matrix import core_matrix, core_order
 from qfx.kernels.quantize_rows import codes_of, empty_codes, gpu_reason
 
@@ -77,7 +78,7 @@ def _(
     return empty_codes(x, x_grid) if x_grid else (x.new_empty(x.shape), x.new_empty(0, dtype=torch.float32))
 
 
-@hadamard.register_kernel("cuda")
+@on_cuda(hadamard)
 def _(
     x: Tensor, block: int, x_grid: str = "", x_scale: Tensor | None = None, x_zero: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from qfx.core.errors import KernelError
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
 from qfx.kernels import int8_linear
+from qfx.kernels._cuda import on_cuda
 
 CASES = [
     ((16,), 64, 32, "", False),
@@ -84,7 +85,7 @@ def _(
     return x_codes.new_empty((*x_codes.shape[:-1], codes.shape[0]), dtype=out_dtype)
 
 
-@int8_gemm.register_kernel("cuda")
+@on_cuda(int8_gemm)
 def _(
     x_codes: Tensor,
     x_scale: Tensor,

@@ -21,6 +21,7 @@ from qfx.core.errors import KernelError
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
 from qfx.kernels import int8_linear
+from qfx.kernels._cuda import on_cuda
 from qfx.kernels.quantize_rows import quantize_activation
 
 CASES = [
@@ -100,7 +101,7 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@int8_outlier_linear.register_kernel("cuda")
+@on_cuda(int8_outlier_linear)
 def _(
     x: Tensor,
     codes: Tensor,

@@ -18,6 +18,7 @@ from qfx.core.grid import CODEBOOKS, Codebook
 from qfx.core.qtensor import encode_minmax
 from qfx.core.spec import QSpec, Scheme
 from qfx.kernels import nibbles
+from qfx.kernels._cuda import on_cuda
 
 TABLES = CODEBOOKS
 """Values of the codes 0 to 15, by name."""
@@ -106,7 +107,7 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@nf4_linear.register_kernel("cuda")
+@on_cuda(nf4_linear)
 def _(
     x: Tensor,
     tiles: Tensor,

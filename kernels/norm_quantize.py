@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qfx.core.errors import KernelError
+from qfx.kernels._cuda import on_cuda
 from qfx.kernels.quantize_rows import codes_of, empty_codes, gpu_reason
 
 CASES = [
@@ -110,7 +111,7 @@ def _(
     return codes, scale, y, x.new_empty((0,) if residual is None else x.shape)
 
 
-@norm_quantize.register_kernel("cuda")
+@on_cuda(norm_quantize)
 def _(
     x: Tensor,
     residual: Tensor | None = None,

@@ -22,6 +22,7 @@ from qfx.kernels import (
     w4a16_linear,
     wxa16_linear,
 )
+from qfx.kernels._cuda import TRITON
 
 OPS: tuple[CustomOpDef, ...] = (
     fp8_gemm.fp8_gemm,
@@ -46,6 +47,6 @@ OPS: tuple[CustomOpDef, ...] = (
 def reference_bodies() -> Iterator[None]:
     """Within it, every op computes by its PyTorch body, on a GPU too; a CUDA graph keeps what it has captured."""
     with ExitStack() as stack:
-        for op in OPS:
+        for op in OPS if TRITON else ():  # without Triton the PyTorch bodies are all there is
             stack.enter_context(op.set_kernel_enabled("cuda", False))
         yield

@@ -14,6 +14,7 @@ from torch import Tensor
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
 from qfx.kernels import nibbles
+from qfx.kernels._cuda import on_cuda
 
 CASES = [
     ((16,), 128, 128, "W4A16_G128"),
@@ -106,7 +107,7 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@w4a16_linear.register_kernel("cuda")
+@on_cuda(w4a16_linear)
 def _(
     x: Tensor,
     tiles: Tensor,

@@ -15,6 +15,7 @@ from qfx.core.errors import KernelError
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
 from qfx.kernels import nibbles
+from qfx.kernels._cuda import has_float8, on_cuda
 from qfx.kernels.quantize_rows import grid_name, quantize_activation
 
 CASES = [
@@ -110,7 +111,7 @@ def _(
     return x.new_empty((x.shape[0], out_features), dtype=dtype)
 
 
-@w4a8_gemm.register_kernel("cuda")
+@on_cuda(w4a8_gemm)
 def _(
     x: Tensor,
     x_scale: Tensor,
@@ -122,7 +123,8 @@ def _(
     group: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    if _not_right(group, x.dtype == torch.float8_e4m3fn):
+    float8 = x.dtype == torch.float8_e4m3fn
+    if _not_right(group, float8) or (float8 and not has_float8(x.device)):
         return _reference(x, x_scale, tiles, scale, zero, bias, out_features, group, dtype)
     from qfx.kernels.gpu.decode4 import eight_bit_decoder
     from qfx.kernels.gpu.w4 import w4
@@ -206,7 +208,7 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@w4a8_linear.register_kernel("cuda")
+@on_cuda(w4a8_linear)
 def _(
     x: Tensor,
     tiles: Tensor,
@@ -218,7 +220,8 @@ def _(
     group: int,
     x_grid: str,
 ) -> Tensor:
-    if _not_right(group, x_grid == "e4m3"):
+    float8, wide = x_grid == "e4m3", x.dtype not in (torch.bfloat16, torch.float16, torch.float32)
+    if wide or _not_right(group, float8) or (float8 and not has_float8(x.device)):
         return w4a8_linear._init_fn(x, tiles, scale, zero, order, bias, out_features, group, x_grid)
     from qfx.kernels.gpu.decode4 import eight_bit_decoder
     from qfx.kernels.gpu.gated_quantize import quantize_rows

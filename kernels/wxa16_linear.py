@@ -14,6 +14,7 @@ from torch import Tensor
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
 from qfx.kernels import nibbles
+from qfx.kernels._cuda import on_cuda
 
 CASES = [
     ((16,), 128, 128, "W8A16_G128"),
@@ -116,7 +117,7 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@wxa16_linear.register_kernel("cuda")
+@on_cuda(wxa16_linear)
 def _(
     x: Tensor,
     tiles: Tensor,

@@ -7,13 +7,14 @@ memory. Sums over a group of columns are scaled in float32 behind the product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from qfx.kernels.gpu import w4_few
 from qfx.kernels.gpu.decode4 import E4M3_NIBBLES, INT4_TO_E4M3, Decoder, decode
@@ -22,6 +23,7 @@ from qfx.kernels.gpu.launch import INTERPRET, Launcher, capability, interpreted
 from qfx.kernels.gpu.parts import counters, sum_parts
 from qfx.kernels.gpu.pdl import launch_next, wait_for_previous
 from qfx.kernels.gpu.tune import bucket, pick
+from qfx.kernels.gpu.w4_config import Config, candidates, default
 
 
 @triton.jit
@@ -229,35 +231,6 @@ def _kernel(
         tl.store(out, total.to(y_ptr.dtype.element_ty), mask=live & inside[:, None])
 
 
-@dataclass(frozen=True)
-class Config:
-    """How one launch is cut.
-
-    Attributes:
-        bn: rows of a tile: 32 or more, a divisor or a multiple of 128.
-        bt: tokens of a tile.
-        split: programs that share the columns of a tile.
-        warps: of a program.
-        stages: of its pipeline.
-        tokens: token tiles that run together, so that they share weights in the L2 cache.
-        unroll: blocks of 128 columns in a step of the loop.
-        registers: limit for a thread, so that more programs fit; 0 for none.
-        chunk: if not 0, nothing of this: so many rows at a time are dequantized, and multiplied by cuBLAS.
-        shared: whether the warps of a program share its columns instead of its rows (`w4_few`).
-    """
-
-    bn: int
-    bt: int
-    split: int
-    warps: int
-    stages: int
-    tokens: int = 1
-    unroll: int = 1
-    registers: int = 0
-    chunk: int = 0
-    shared: bool = False
-
-
 @cache
 def launcher(
     config: Config, decoder: Decoder, group: int, flags: tuple[bool, bool, bool, bool], columns: int, capable: int
@@ -325,6 +298,12 @@ def w4(
         if config.chunk:
             by_cublas(x, words, scale, zero, table, bias, y, group, decoder, config.chunk)
             return
+        if config.specialized >= 0:
+            from qfx.kernels.gpu import w4_large  # needs Gluon
+
+            cut = w4_large.Config(tokens=config.tokens, whole=config.split == 1, programs=config.specialized)
+            w4_large.w4_large(x, words.view(torch.uint8), scale, zero, bias, rows, group, cut, out=y)
+            return
         if config.shared:
             shape = config.warps, config.bn, config.stages, config.registers
             even = columns % (128 * config.warps) == 0
@@ -343,60 +322,35 @@ def w4(
             tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
         )  # fmt: skip
 
-    key = (decoder.kind, group, f"{rows}x{columns}", bucket(tokens))
+    # float8 weights are as many bytes as int8 ones, and nearly as many instructions
+    kind = "int4_int8" if decoder is INT4_TO_E4M3 else decoder.kind
+    key = (kind, group, f"{rows}x{columns}", bucket(tokens))
     dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
+    hopper = capable == 90 and decoder.kind == "int4"
     rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"))
-    config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense), run, words)
-    if config.shared and not w4_few.takes(tokens, group):
-        config = rule
-    run(config, words)
-    return y
+    config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense, hopper), run, words)
+    if (config.shared and not w4_few.takes(tokens, group)) or (
+        config.specialized >= 0 and not (hopper and _takes_specialized(x, rows, group))
+    ):
+        config = rule  # of a table that was made for another number of tokens, or another group
+    chosen = config, decoder
+    config = _fitting.get(chosen, config)
+    while True:
+        try:
+            run(config, words)
+            return y
+        except OutOfResources:  # a device with less shared memory
+            if config.stages <= 1:
+                raise
+            config = _fitting[chosen] = replace(config, stages=config.stages - 1)
 
 
-def default(tokens: int, rows: int, columns: int, dense: bool = False, crowded: bool = False) -> Config:
-    """A rule for shapes that nobody has measured: about four programs on each of an H200's 132 multiprocessors.
-
-    `crowded`: decoding leaves no registers for the sums of 128 tokens.
-    """
-    if dense and tokens > 512:
-        return Config(0, 0, 1, 0, 0, chunk=2048)
-    if tokens > 32:
-        return Config(64, 64 if tokens <= 64 or crowded else 128, 1, 4, 3, 1 if tokens <= 128 else 8)
-    split = max(1, min(8, 528 // (-(-rows // 64)), columns // 512))
-    return Config(64, 16 if tokens <= 16 else 32, split, 4, 4)
+_fitting: dict[tuple[Config, Decoder], Config] = {}
 
 
-def candidates(tokens: int, rows: int, columns: int, dense: bool = False) -> list[Config]:
-    """What `autotune` tries."""
-    blocks = -(-columns // 128)
-    found = []
-    if dense and tokens > 128:
-        found = [Config(0, 0, 1, 0, 0, chunk=chunk) for chunk in (2048, 4096, 1 << 20) if chunk < 2 * rows]
-    if tokens <= 32:
-        bt = 16 if tokens <= 16 else 32
-        for split in (1, 2, 3, 4, 6, 8, 12):
-            if split > 1 and (blocks // split < 4 or -(-rows // 64) * split > 1800):
-                break
-            found += [Config(64, bt, split, 4, stages, 1, 2) for stages in (3, 4)]
-            found += [Config(64, bt, split, 4, 4, 1, 1, limit) for limit in (0, 72)]
-            found.append(Config(128, bt, split, 8, 3, 1, 2))
-        if tokens <= 8:
-            for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4), (16, 3)):
-                found += [Config(16, 8, 1, warps, stages, registers=limit, shared=True) for limit in (0, 64)]
-            found.append(Config(32, 8, 1, 8, 3, shared=True))
-        return found
-    for bt in (32, 64, 128):
-        if bt > 2 * tokens or (tokens > 128 and bt < 128):
-            continue
-        for split in (1, 2, 3, 4):
-            if split > 1 and tokens > 256:
-                break
-            for tokens_together in (1,) if tokens <= 128 else (4, 16):
-                common = (split, tokens_together)
-                found += [Config(64, bt, common[0], 4, stages, common[1]) for stages in (3, 4)]
-                found += [Config(128, bt, common[0], 8, stages, common[1]) for stages in (3, 4)]
-                if bt < 128:
-                    found.append(Config(128, bt, common[0], 8, 3, common[1], 1, 128))
-                    found.append(Config(64, bt, common[0], 4, 3, common[1], 2))
-                    found.append(Config(256, bt, common[0], 8, 3, common[1]))
-    return found
+def _takes_specialized(x: Tensor, rows: int, group: int) -> bool:
+    try:
+        from qfx.kernels.gpu import w4_large
+    except ImportError:  # a Triton without Gluon, or with another one
+        return False
+    return w4_large.supports(x, rows, group) is None

@@ -1,0 +1,90 @@
+"""Configurations of the kernels of 4-bit weights: what to try, and what to take where nothing was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one launch is cut.
+
+    Attributes:
+        bn: rows of a tile: 32 or more, a divisor or a multiple of 128.
+        bt: tokens of a tile.
+        split: programs that share the columns of a tile.
+        warps: of a program.
+        stages: of its pipeline.
+        tokens: token tiles that run together, so that they share weights in the L2 cache.
+        unroll: blocks of 128 columns in a step of the loop.
+        registers: limit for a thread, so that more programs fit; 0 for none.
+        chunk: if not 0, nothing of this: so many rows at a time are dequantized, and multiplied by cuBLAS.
+        shared: whether the warps of a program share its columns instead of its rows (`w4_few`).
+        specialized: not below 0 for `w4_large` with so many programs, or one on each multiprocessor; a split of 1 means
+            whole tiles only. Of the other fields it takes `tokens`.
+    """
+
+    bn: int
+    bt: int
+    split: int
+    warps: int
+    stages: int
+    tokens: int = 1
+    unroll: int = 1
+    registers: int = 0
+    chunk: int = 0
+    shared: bool = False
+    specialized: int = -1
+
+
+def default(tokens: int, rows: int, columns: int, dense: bool = False, crowded: bool = False) -> Config:
+    """A rule for shapes that nobody has measured: about four programs on each of an H200's 132 multiprocessors.
+
+    `crowded`: decoding leaves no registers for the sums of 128 tokens.
+    """
+    if dense and tokens > 512:
+        return Config(0, 0, 1, 0, 0, chunk=2048)
+    if 32 < tokens <= 64:
+        return Config(64, 64, max(1, min(4, 300 // -(-rows // 64))), 4, 3, 1, 1 if crowded else 2)
+    if tokens > 64:
+        return Config(64, 64 if crowded else 128, 1, 4, 3, 1 if tokens <= 128 else 8)
+    split = max(1, min(8, 528 // (-(-rows // 64)), columns // 512))
+    return Config(64, 16 if tokens <= 16 else 32, split, 4, 4)
+
+
+def candidates(tokens: int, rows: int, columns: int, dense: bool = False, hopper: bool = False) -> list[Config]:
+    """What `autotune` tries; `dense`: cuBLAS could multiply, too; `hopper`: so could `w4_large`."""
+    blocks = -(-columns // 128)
+    found = []
+    if dense and tokens > 128:
+        found = [Config(0, 0, 1, 0, 0, chunk=chunk) for chunk in (2048, 4096, 1 << 20) if chunk < 2 * rows]
+        if hopper:
+            found += [Config(0, 0, split, 0, 0, 8, specialized=n) for split, n in ((1, 0), (2, 0), (2, 128))]
+    if tokens <= 32:
+        bt = 16 if tokens <= 16 else 32
+        for split in (1, 2, 3, 4, 6, 8, 12):
+            if split > 1 and (blocks // split < 4 or -(-rows // 64) * split > 1800):
+                break
+            found += [Config(64, bt, split, 4, stages, 1, 2) for stages in (3, 4)]
+            found += [Config(64, bt, split, 4, 4, 1, 1, limit) for limit in (0, 72)]
+            found.append(Config(128, bt, split, 8, 3, 1, 2))
+        if tokens <= 8:
+            for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4), (16, 3)):
+                found += [Config(16, 8, 1, warps, stages, registers=limit, shared=True) for limit in (0, 64)]
+            found.append(Config(32, 8, 1, 8, 3, shared=True))
+        return found
+    for bt in (32, 64, 128):
+        if bt > 2 * tokens or (tokens > 128 and bt < 128):
+            continue
+        for split in (1, 2, 3, 4):
+            if split > 1 and tokens > 256:
+                break
+            for tokens_together in (1,) if tokens <= 128 else (4, 16):
+                common = (split, tokens_together)
+                found += [Config(64, bt, common[0], 4, stages, common[1]) for stages in (3, 4)]
+                found += [Config(128, bt, common[0], 8, stages, common[1]) for stages in (3, 4)]
+                if bt < 128:
+                    found.append(Config(128, bt, common[0], 8, 3, common[1], 1, 128))
+                    found.append(Config(64, bt, common[0], 4, 3, common[1], 2))
+                    found.append(Config(256, bt, common[0], 8, 3, common[1]))
+    return found
