@@ -12,6 +12,7 @@ from torch import Tensor
 from qfx.core.errors import KernelError
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
+from qfx.kernels._cuda import on_cuda
 from qfx.kernels.quantize_rows import named_grid, quantize_activation, supports_input
 
 CASES = [
@@ -88,7 +89,7 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@int8_linear.register_kernel("cuda")
+@on_cuda(int8_linear)
 def _(
     x: Tensor,
     codes: Tensor,

@@ -16,6 +16,7 @@ from qfx.core.errors import KernelError
 from qfx.core.grid import E4M3, E5M2, Codebook, Float, Grid, Int
 from qfx.core.qtensor import dynamic_scale
 from qfx.core.spec import QSpec
+from qfx.kernels._cuda import on_cuda
 
 CASES = [
     ((1,), 64, "int8_narrow"),
@@ -146,7 +147,7 @@ def _(x: Tensor, x_grid: str, x_scale: Tensor | None = None, x_zero: Tensor | No
     return empty_codes(x, x_grid)
 
 
-@quantize_rows.register_kernel("cuda")
+@on_cuda(quantize_rows)
 def _(x: Tensor, x_grid: str, x_scale: Tensor | None = None, x_zero: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if gpu_reason(x, x_grid, x_scale, x_zero):
         return codes_of(x.contiguous(), x_grid, x_scale, x_zero)
