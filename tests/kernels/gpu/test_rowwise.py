@@ -35,6 +35,8 @@ DEVICES = [
 on_devices = pytest.mark.parametrize("device", DEVICES)
 GRIDS = ["int8_narrow", "int8", "int4_narrow", "int4", "int2_narrow", "e4m3", "e5m2"]
 SHAPES = [(1, 1), (5, 33), (2, 1000), (7, 64), (0, 16)]
+GPU_SHAPES = [(5, 33), (33, 11008), (0, 16)]
+"""Few numbers of columns, as kernels are compiled for each; `test_random_shapes_rows` has many tokens of more."""
 
 
 def equal_codes(got: tuple[Tensor, ...], y: Tensor, grid: str, *static: Tensor | None) -> None:
@@ -50,7 +52,7 @@ def equal_codes(got: tuple[Tensor, ...], y: Tensor, grid: str, *static: Tensor |
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_quantize_rows(grid: str, dtype: torch.dtype, device: str) -> None:
-    for tokens, columns in SHAPES if device == "cpu" else [*SHAPES, (257, 8192), (33, 11008), (9, 28672)]:
+    for tokens, columns in SHAPES if device == "cpu" else GPU_SHAPES:
         x = torch.randn(tokens, columns) * 10
         x[tokens // 2 : tokens // 2 + 1] = 0
         x = x.to(dtype).to(device)
@@ -152,13 +154,14 @@ def test_ties_of_all_mantissas(device: str) -> None:
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gated(act: str, dtype: torch.dtype, device: str) -> None:
-    for tokens, columns in SHAPES[:4] if device == "cpu" else [*SHAPES, (65, 14336), (3, 53248)]:
+    long = [(3, 53248)] if act == "silu" else []  # rows that are read twice
+    for tokens, columns in SHAPES[:4] if device == "cpu" else [*GPU_SHAPES, *long]:
         gate, up = (t.to(device) for t in halves((tokens,), columns, dtype))
-        for half in (None, up):
+        for half in (None, up) if device == "cpu" or dtype == torch.bfloat16 else (up,):
             y, _ = gated.gated_quantize(gate, half, act, "")
             assert gated_within(y.cpu(), gate.cpu(), None if half is None else half.cpu(), act)
-            equal_codes(gated.gated_quantize(gate, half, act, "int8_narrow"), y, "int8_narrow")
-            equal_codes(gated.gated_quantize(gate, half, act, "e4m3"), y, "e4m3")
+            for grid in ("int8_narrow", "e4m3") if device == "cpu" else ("int8_narrow" if half is None else "e4m3",):
+                equal_codes(gated.gated_quantize(gate, half, act, grid), y, grid)
 
 
 @on_devices
@@ -166,10 +169,12 @@ def test_gated(act: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("cast_first", [False, True])
 def test_norm(center: bool, cast_first: bool, dtype: torch.dtype, device: str) -> None:
-    for tokens, columns in SHAPES[1:3] if device == "cpu" else [*SHAPES, (257, 4096), (33, 8192), (5, 28672)]:
+    for tokens, columns in SHAPES[1:3] if device == "cpu" else [*GPU_SHAPES, (5, 28672)]:
         x, residual, gain, bias = (t.to(device) for t in operands((tokens,), columns, dtype))
         for extra in (None, residual):
-            for grid in ("int8_narrow", "e4m3", ""):
+            for grid in (
+                ("int8_narrow", "e4m3", "") if device == "cpu" else ("int8_narrow" if extra is None else "e4m3",)
+            ):
                 rest = (extra, gain, bias if center else None, 1e-5, center, cast_first, grid, None, None, True)
                 codes, scale, y, total = norm.norm_quantize(x, *rest)
                 if extra is not None:
@@ -213,25 +218,21 @@ HADAMARDS = [(1, 64, 64), (5, 128, 32), (3, 192, 192), (3, 96, 48), (2, 1024, 10
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hadamard(dtype: torch.dtype, device: str) -> None:
-    larger = [
-        (1, 4096, 4096),
-        (300, 4096, 4096),
-        (700, 8192, 8192),
-        (9, 14336, 14336),
-        (2000, 128, 128),
-        (64, 8192, 64),
-    ]
-    for tokens, columns, block in HADAMARDS if device == "cpu" else [*HADAMARDS, *larger]:
+    larger = [(3, 192, 192), (300, 4096, 4096), (700, 8192, 8192), (9, 14336, 14336), (2000, 128, 128), (64, 8192, 64)]
+    for tokens, columns, block in HADAMARDS if device == "cpu" else larger:
         x = (torch.randn(tokens, columns) * 10).to(dtype).to(device)
         x[tokens // 2 : tokens // 2 + 1] = 0
         exact = transform(x.double(), block)
         options = had.plans(columns, block, tokens, dtype)
         assert options or had.takes(columns, block, dtype)
         small = {(p.side, p.width, p.form): p for p in reversed(options)}.values()
-        for plan in small if device == "cpu" else options:
+        # every candidate of one shape and dtype; otherwise those that compute something else
+        every = device == "cuda" and dtype == torch.bfloat16 and tokens == 300
+        for i, plan in enumerate(options if every else small):
             y, _ = had.hadamard(x, block, plan=plan)
             assert ((y.double() - exact).abs() <= hadamard_bound(x, block, plan, exact)).all(), plan
-            equal_codes(had.hadamard(x, block, "int8_narrow", plan=plan), y, "int8_narrow")
+            if device == "cpu" or i == 0:
+                equal_codes(had.hadamard(x, block, "int8_narrow", plan=plan), y, "int8_narrow")
 
 
 @on_devices
