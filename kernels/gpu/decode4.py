@@ -138,16 +138,19 @@ def table_to_float(words, table_ptr, ASM: tl.constexpr, F16: tl.constexpr):
 
 @triton.jit
 def table_to_float8(octets, table_ptr, ASM: tl.constexpr):
-    """uint8 `[n, 64]` of layout `fours` through a table of 16 float8_e4m3 values."""
+    """uint8 `[n, 64]` (or half of that) of layout `fours` through a table of 16 float8_e4m3 values.
+
+    A register's four bytes have to be neighbours: their eight nibbles trade places.
+    """
     if interpreted:
         p = octets.to(tl.int32)
-        nibbles = tl.join(p & 15, p >> 4).reshape(octets.shape[0], 16, 2, 4).permute(0, 2, 1, 3)
-        a = tl.load(table_ptr + nibbles.reshape(octets.shape[0], 128))
+        nibbles = tl.join(p & 15, p >> 4).reshape(octets.shape[0], octets.shape[1] // 4, 2, 4).permute(0, 2, 1, 3)
+        a = tl.load(table_ptr + nibbles.reshape(octets.shape[0], 2 * octets.shape[1]))
     else:
         low, high = tl.inline_asm_elementwise(
             asm=ASM, constraints="=r,=r,r", args=[octets], dtype=(tl.float8e4nv, tl.float8e4nv), is_pure=True, pack=4
         )
-        a = tl.join(low, high).permute(0, 2, 1).reshape(octets.shape[0], 128)
+        a = tl.join(low, high).permute(0, 2, 1).reshape(octets.shape[0], 2 * octets.shape[1])
     return a
 
 

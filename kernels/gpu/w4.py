@@ -123,8 +123,10 @@ def _kernel(
     INT: tl.constexpr = DECODE == "int4_int8"
     TILE: tl.constexpr = 128 * (WORDS + HIGH)  # elements
     INSIDE: tl.constexpr = ZERO and GROUP > 0 and not INT and DECODE != "int4"
-    # four groups in a block, but two codes in a word: a row's words are loaded by halves
-    HALVED: tl.constexpr = GROUP == 32 and DECODE == "int8"
+    # Four groups in a block, but two codes in a word (or byte): a row's words are loaded by halves. If they were split
+    # behind the decoder, the split would be the lowest bit of the registers' order, and a decoder that wants
+    # neighbours in a register (`table_e4m3`) would get every other pair from 32 columns on.
+    HALVED: tl.constexpr = GROUP == 32 and (DECODE == "int8" or DECODE == "table_e4m3")
     SPAN: tl.constexpr = WORDS // 2 if HALVED else WORDS
     rows = tl.arange(0, BN)
     rn = pn * BN + rows
