@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backend import backend
     from .core import errors
     from .core.spec import QSpec, Scheme
     from .explanation import explain
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from .recipes import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["QSpec", "Recipe", "Scheme", "errors", "explain", "load", "lower", "quantize", "save"]
+__all__ = ["QSpec", "Recipe", "Scheme", "backend", "errors", "explain", "load", "lower", "quantize", "save"]
 _HOMES = {
+    "backend": "backend",
     "explain": "explanation",
     "quantize": "quantize",
     "lower": "lowering",

@@ -11,7 +11,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 PACKAGE_OF = {folder: package for package, folder in SETUPTOOLS["package-dir"].items()}
 # modules of qfx
-IMPORT_PASSES = {"inputs", "verify", "quantize", "lowering", "recipes", "package", "cli", "backend", "explain"}
+IMPORT_PASSES = {
+    "inputs",
+    "verify",
+    "quantize",
+    "lowering",
+    "recipes",
+    "package",
+    "cli",
+    "backend",
+    "watched",
+    "explain",
+}
 MAX_LINES = 400
 HOOKS = re.compile(r"register_(module_)?forward_(pre_)?hook")
 FAMILIES = (

@@ -37,12 +37,17 @@ class Plan:
 
 
 def make_plan(
-    graph: Graph, linears: Sequence[Linear], patterns: Mapping[str, Scheme | None], ignore: Sequence[str] = ()
+    graph: Graph,
+    linears: Sequence[Linear],
+    patterns: Mapping[str, Scheme | None],
+    ignore: Sequence[str] = (),
+    *,
+    whole: bool = True,
 ) -> Plan:
     """Matches every layer against the patterns; the last match wins, `ignore` wins over all.
 
     A pattern is a layer's name, a glob on it or on its last parts, `re:` and a regular expression for the whole name,
-    or a role (`@head`, `@router`).
+    or a role (`@head`, `@router`). If the graph is not the `whole` model, patterns may match nothing in it.
 
     Raises:
         RecipeError: a pattern matches no layer, or a group size does not divide a layer's inputs.
@@ -65,7 +70,7 @@ def make_plan(
             plan.schemes[weight] = scheme
     names = sorted(lin.name for lin in linears)
     for pattern, count in hits.items():
-        if not count and pattern not in roles:
+        if whole and not count and pattern not in roles:
             known = f"its {len(names)} layers are {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
             raise RecipeError(
                 f"recipe: pattern {pattern!r} matches no layer of {type(graph.module).__name__}; "

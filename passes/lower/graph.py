@@ -1,0 +1,221 @@
+"""Puts quantized weights into a graph: the counterpart of `modules.py` where there is no module tree to write into.
+
+A product with a matrix becomes the op, or kernel, that a `QLinear` calls. Any other product, over experts or by an
+einsum, reads the dequantized weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qfx.core.errors import KernelError
+from qfx.core.graph import Graph
+from qfx.core.linear import Linear
+from qfx.core.passes import Solved
+from qfx.core.simulate import FakeQuantize
+from qfx.core.spec import QSpec, Scheme
+from qfx.kernels.pack import dequantize_stored, store
+from qfx.modules.kernels import KERNELS, choose_kernel
+from qfx.modules.linear import QLinear
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.linear.default: 0, aten.matmul.default: 0, aten.mm.default: 0, aten.addmm.default: 1}
+
+
+class Dequantize(nn.Module):
+    """A quantized weight that a product reads as it was: in the parameter's own layout and dtype.
+
+    Attributes:
+        scheme: of the layer.
+        call: computes the weight from the buffers.
+    """
+
+    def __init__(self, solved: Solved, parameter: Tensor) -> None:
+        super().__init__()
+        linear, stored = solved.linears[0], store(solved.qtensor.to(parameter.device))
+        order = [a for group in linear.axes for a in group]
+        if len(order) != solved.qtensor.codes.dim():
+            raise KernelError(f"lower: {linear.name} has {len(order)} axes, more than experts, out, in")
+        layout = tuple(order.index(i) for i in range(len(order)))
+        keys = tuple(key for key, value in stored.items() if value is not None)
+        self.scheme = solved.scheme
+        self.call = Dequantizer(solved.scheme.weight, keys, solved.qtensor.codes.shape[-1], layout, parameter.dtype)
+        for key in keys:
+            self.register_buffer(key, stored[key])
+
+
+@dataclass(frozen=True)
+class Dequantizer:
+    """The target of a node that computes a weight from what is stored of it.
+
+    Attributes:
+        spec: of the weight.
+        keys: what its arguments are, as `store` calls them.
+        columns: inputs of the layer.
+        layout: the permutation that takes canonical dims to the parameter's own.
+        dtype: of the weight.
+    """
+
+    spec: QSpec
+    keys: tuple[str, ...]
+    columns: int
+    layout: tuple[int, ...]
+    dtype: torch.dtype
+
+    __name__ = "dequantize"
+
+    def __call__(self, *values: Tensor) -> Tensor:
+        """The weight, computed each time."""
+        stored = dict.fromkeys(("codes", "scale", "zero", "g_idx", "scale_scale")) | dict(
+            zip(self.keys, values, strict=True)
+        )
+        weight = dequantize_stored(stored, self.spec, self.columns)
+        return weight.to(self.dtype).permute(self.layout).contiguous()
+
+
+def quantized_weight(linear: Linear, solved: Solved, parameter: Tensor) -> QLinear | Dequantize:
+    """The module that holds a solved weight and calls what computes it, on the parameter's device.
+
+    Raises:
+        KernelError: no op computes the scheme.
+    """
+    if not by_op(linear):
+        return Dequantize(solved, parameter)
+    qtensor = solved.qtensor.to(parameter.device)
+    given: Any = {"input_scale": solved.input_scale, "input_zero": solved.input_zero}
+    module = QLinear.from_qtensor(qtensor, None, solved.scheme, dtype=parameter.dtype, **given)
+    if parameter.device.type == "cuda":
+        kernel, _ = choose_kernel(module.scheme, module.in_features, module.out_features, module.has_g_idx)
+        if kernel in KERNELS:
+            with contextlib.suppress(KernelError):  # groups of unequal sizes: it reads the weight as it is stored
+                module.use_kernel(kernel)
+    return module
+
+
+def by_op(linear: Linear) -> bool:
+    """Whether one op computes a linear: a plain product with a matrix."""
+    experts, out, columns = linear.axes
+    return linear.node.target in _PRODUCTS and not experts and len(out) == len(columns) == 1
+
+
+def replace_linear(graph: Graph, linear: Linear, module: QLinear | Dequantize, name: str) -> fx.Node:
+    """Computes a linear with a quantized weight, which the graph reads below `name`; returns its output value."""
+    if isinstance(module, Dequantize):
+        _dequantize(graph, linear, module, name)
+        return linear.y
+    y, bias = linear.y, _bias(linear)
+    if linear.foreign_bias:
+        y = linear.node
+    with graph.fx.inserting_before(y):
+        result = _call(graph.fx, module, linear.x, None if linear.foreign_bias else bias, name, y)
+        if linear.foreign_bias:
+            result = graph.fx.call_function(aten.add.Tensor, (result, bias))
+            result.meta = dict(y.meta)
+    y.replace_all_uses_with(result)
+    graph.fx.erase_node(y)
+    if y is not linear.node:
+        graph.fx.erase_node(linear.node)
+    graph.touch()
+    return result
+
+
+def _bias(linear: Linear) -> Any:
+    """The value that is added to the product."""
+    node, y = linear.node, linear.y
+    if y is not node:
+        return y.args[1] if y.args[0] is node else y.args[0]
+    if node.target is aten.addmm.default:
+        return node.args[0]
+    return node.args[2] if node.target is aten.linear.default and len(node.args) > 2 else None
+
+
+def _call(graph: fx.Graph, module: QLinear, x: fx.Node, bias: Any, name: str, like: fx.Node) -> fx.Node:
+    """The nodes that a quantized linear's forward is, with a value of the graph as its bias."""
+    inner = _Tracer().trace(_WithBias(module))
+    given = iter((x, bias))
+    env: dict[fx.Node, Any] = {}
+    for node in inner.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif node.op == "output":
+            return env[node.args[0]]  # type: ignore[index]
+        elif node.op == "get_attr":
+            env[node] = _attribute(graph, str(node.target).removeprefix("linear."), module, name)
+        else:
+            env[node] = new = graph.node_copy(node, lambda n: env[n])
+            if isinstance(new.target, torch._ops.OpOverloadPacket):
+                new.target = new.target.default
+            new.meta = dict(like.meta)
+    raise AssertionError("a traced forward has no output")
+
+
+def _attribute(graph: fx.Graph, leaf: str, module: nn.Module, name: str) -> fx.Node:
+    node = graph.create_node("get_attr", f"{name}.{leaf}")
+    node.meta["val"] = module.get_buffer(leaf)
+    return node
+
+
+class _WithBias(nn.Module):
+    """A quantized linear to which another value is added than a buffer of its own."""
+
+    def __init__(self, linear: QLinear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Any, bias: Any) -> Any:
+        """The linear, which itself has no bias, with this one."""
+        self.linear.__dict__["bias"] = bias
+        try:
+            return self.linear(x)
+        finally:
+            self.linear.__dict__["bias"] = None
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return False
+
+
+def _dequantize(graph: Graph, linear: Linear, module: Dequantize, name: str) -> None:
+    scheme = module.scheme
+    if (read := _reader(linear)) is not None:  # None: another product reads it by the same way
+        at, source = read
+        _read_codes(graph, at, source, module, name)
+    if scheme.input is not None:
+        _quantize_input(graph, linear, scheme)
+    graph.touch()
+
+
+def _read_codes(graph: Graph, at: fx.Node, source: fx.Node, module: Dequantize, name: str) -> None:
+    with graph.fx.inserting_before(at):
+        stored = tuple(_attribute(graph.fx, key, module, name) for key in module.call.keys)
+        weight = graph.fx.call_function(module.call, stored)
+        weight.meta = {k: v for k, v in at.meta.items() if k == "nn_module_stack"} | {"val": source.meta["val"]}
+    at.replace_input_with(source, weight)
+
+
+def _quantize_input(graph: Graph, linear: Linear, scheme: Scheme) -> None:
+    assert scheme.input is not None
+    with graph.fx.inserting_before(linear.node):
+        node = graph.fx.call_function(FakeQuantize(scheme.input), (linear.x,))
+    node.meta = dict(linear.x.meta)
+    linear.node.replace_input_with(linear.x, node)
+    linear.x = node
+
+
+def _reader(linear: Linear) -> tuple[fx.Node, fx.Node] | None:
+    """The first reader of a linear's parameter on the way to its product, and the parameter's node."""
+    for operand in linear.node.all_input_nodes:
+        reader, source = linear.node, operand
+        while operand is not linear.x:
+            if source.op == "get_attr" and source.target == linear.weight:
+                return reader, source
+            if source.op != "call_function" or len(source.all_input_nodes) != 1:  # not a transpose or a cast
+                break
+            reader, source = source, source.all_input_nodes[0]
+    return None

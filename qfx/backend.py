@@ -1,0 +1,281 @@
+"""The backend of `torch.compile`: quantizes the linears of what Dynamo captures, and compiles the rest with another.
+
+>>> fast = torch.compile(model, backend="qfx", options={"recipe": "W8A8"})  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qfx.passes import SOLVERS
+from qfx.passes.discover.dynamo import Traced, trace
+from qfx.passes.discover.linears import find_linears
+from qfx.passes.discover.plan import make_plan
+from qfx.passes.lower.graph import replace_linear
+
+from .core.errors import CalibrationError, CaptureError, KernelError, QfxError, RecipeError
+from .core.graph import Graph
+from .core.spec import Scheme, parse_scheme
+from .recipes import FLOAT, PRESETS, Recipe
+from .watched import Product, Slot, Weight
+
+OPTIONS = ("recipe", "then")
+Compiled = Callable[..., Any]
+SHARED = (
+    "backend: Dynamo calls one graph with the parameters of several layers, which patterns on names of layers cannot "
+    "tell apart, or a parameter was replaced by another one. Call torch.compiler.reset(), compile with fullgraph=True, "
+    "or write the recipe with '*' and roles alone"
+)
+log = logging.getLogger("qfx")
+
+
+def backend(recipe: str | Path | Mapping[str, Any] | Recipe, *, then: str | Callable[..., Any] = "inductor") -> Backend:
+    """A backend for `torch.compile(model, backend=...)`.
+
+    Args:
+        recipe: as for `quantize`, or a scheme's name ("W8A8" quantizes all but the head and routers). It may not need
+            calibration data.
+        then: the backend that compiles the rewritten graph, by name or itself.
+
+    Raises:
+        RecipeError, CalibrationError: the recipe cannot be read, or needs data.
+    """
+    return Backend(_recipe(recipe), then)
+
+
+def compile_graph(
+    gm: fx.GraphModule, examples: list[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Compiled:
+    """What `torch.compile(model, backend="qfx", options=...)` calls for every graph.
+
+    Args:
+        gm: Dynamo's graph.
+        examples: its inputs.
+        options: {"recipe": ..., "then": ...}, as for `backend`.
+        mode: not taken.
+    """
+    with _told():
+        if mode is not None:
+            raise RecipeError(f"backend: mode {mode!r} is Inductor's; qfx takes options alone")
+        options = dict(options or {})
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise RecipeError(f"backend: unknown options {unknown}; use {', '.join(map(repr, OPTIONS))}")
+        if "recipe" not in options:
+            raise RecipeError("backend: no recipe; write torch.compile(..., options={'recipe': 'W8A8'})")
+        chosen = backend(**options)
+    return chosen(gm, examples)
+
+
+@dataclass(eq=False)
+class Backend:
+    """A configured backend: `torch.compile(model, backend=qfx.backend("W8A8"))`.
+
+    Attributes:
+        recipe: what is done to the linears.
+        then: what compiles the rewritten graph.
+        graphs: how many graphs were compiled.
+        layers: names and schemes of the layers that were quantized in any of them.
+        floats: names of the linears that were not, and why.
+    """
+
+    recipe: Recipe
+    then: str | Callable[..., Any] = "inductor"
+    graphs: int = 0
+    layers: dict[str, Scheme] = field(default_factory=dict)
+    floats: dict[str, str] = field(default_factory=dict)
+
+    __name__ = "qfx"  # what Dynamo calls it in messages
+
+    def __post_init__(self) -> None:
+        """Refuses a recipe that this backend cannot run, and a `then` that does not exist."""
+        if self.recipe.needs_data:
+            who = ", ".join(s.name for s in self.recipe.steps if s.needs_data) or "static inputs"
+            raise CalibrationError(
+                f"backend: the recipe measures activations ({who}), and there is no calibration set here; quantize "
+                "with qfx.quantize(model, recipe, calibration) and compile the result, or use a recipe without data"
+            )
+        if others := [s.name for s in self.recipe.steps if type(s) not in SOLVERS]:
+            raise RecipeError(f"backend: {', '.join(others)} needs the whole model; use qfx.quantize and compile that")
+        if self.then == "qfx" or isinstance(self.then, Backend):
+            raise RecipeError("backend: 'then' compiles what qfx has rewritten, and cannot be qfx again")
+        if isinstance(self.then, str):
+            try:
+                torch._dynamo.lookup_backend(self.then)
+            except torch._dynamo.exc.InvalidBackend:
+                known = ", ".join(torch._dynamo.list_backends())
+                raise RecipeError(f"backend: then={self.then!r} is no backend of torch.compile; {known} are") from None
+
+    def __call__(self, gm: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Compiled:
+        """Compiles one graph of Dynamo's."""
+        with _told():
+            if options:
+                raise RecipeError(f"backend: qfx.backend(...) is configured already; remove {', '.join(options)}")
+            _check_inputs(gm, examples)
+            self.graphs += 1
+            if not any(isinstance(x, nn.Parameter) and x.dim() > 1 for x in examples):
+                return self._compile(gm, list(examples))  # type: ignore[no-any-return]
+            with torch.inference_mode(False), torch.no_grad():
+                traced = trace(gm, examples)
+                weights = self._rewrite(traced, examples)
+            rewritten, kept = _finish(traced, gm, [weight.module for _, weight in weights])
+        slots = [Slot(traced.positions[name], weight) for name, weight in weights]
+        codes = [_fake(t) for slot in slots for t in slot.weight.tensors]
+        inner = self._compile(rewritten, [*(examples[i] for i in kept), *codes])
+        only = [(at, weakref.ref(examples[at])) for at in traced.positions.values()] if self._names_layers else []
+
+        def run(*inputs: Any) -> Any:
+            for at, parameter in only:
+                if parameter() is not inputs[at]:
+                    raise QfxError(SHARED)
+            stored = [t for slot in slots for t in slot.tensors(inputs[slot.at])]
+            return inner(*[inputs[i] for i in kept], *stored)
+
+        return run
+
+    @property
+    def _names_layers(self) -> bool:
+        return any(p != "*" and not p.startswith("@") for p in (*self.recipe.schemes, *self.recipe.ignore))
+
+    @property
+    def _compile(self) -> Callable[..., Any]:
+        return torch._dynamo.lookup_backend(self.then)  # type: ignore[arg-type, no-any-return]
+
+    def _rewrite(self, traced: Traced, examples: Sequence[Any]) -> list[tuple[str, Weight]]:
+        """Quantizes what the recipe plans; the parameters' names and their weights, read as `qfx_0`, `qfx_1` ..."""
+        graph = traced.graph
+        linears, misses = find_linears(graph)
+        plan = make_plan(graph, linears, self.recipe.schemes, self.recipe.ignore, whole=False)
+        covered = {linear.weight for linear in linears}
+        missed = {m.where: m.why for m in misses} | _fused(graph)
+        self.floats |= {name.removesuffix(".weight"): why for name, why in missed.items() if name not in covered}
+        self.floats |= {name.removesuffix(".weight"): why for name, why in plan.floats.items()}
+        used: list[tuple[str, Weight]] = []
+        for linear in linears:
+            if (scheme := plan.schemes.get(linear.weight)) is None:
+                continue
+            product = Product(linear.name, linear.node.target, linear.axes, scheme, tuple(self.recipe.steps))
+            try:
+                weight = Weight.of(product, examples[traced.positions[linear.weight]])
+            except KernelError as e:
+                self.floats[linear.name] = str(e)
+                log.warning("qfx backend: %s stays in float: %s", linear.name, e)
+                continue
+            if (linear.weight, weight) not in used:
+                used.append((linear.weight, weight))
+            name = f"qfx_{used.index((linear.weight, weight))}"
+            graph.module.add_module(name, weight.module)
+            old, new = linear.y, replace_linear(graph, linear, weight.module, name)
+            for other in linears:
+                if other.x is old:
+                    other.x = new
+            self.layers[linear.name] = weight.module.scheme
+        return used
+
+
+def _recipe(value: Any) -> Recipe:
+    is_name = isinstance(value, str) and value not in PRESETS and not value.endswith((".yaml", ".yml"))
+    if is_name and not Path(value).is_file():
+        try:
+            return Recipe({"*": parse_scheme(value)}, (), FLOAT)
+        except RecipeError as e:
+            raise RecipeError(f"{e}. Or use a preset: {', '.join(PRESETS)}") from None
+    return Recipe.load(value)
+
+
+def _check_inputs(gm: fx.GraphModule, examples: Sequence[Any]) -> None:
+    if next(gm.parameters(), None) is not None:
+        raise CaptureError(
+            "backend: Dynamo keeps the parameters inside of its graph, where a change of theirs cannot be seen; set "
+            "torch._dynamo.config.inline_inbuilt_nn_modules = True, which is its default"
+        )
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in examples):
+        raise QfxError(
+            "backend: the call records gradients, and quantized linears have none; call the model under "
+            "torch.no_grad() or torch.inference_mode(), or model.requires_grad_(False)"
+        )
+    for x in examples:
+        if isinstance(x, nn.Parameter) and x.dtype == torch.float64:
+            raise QfxError("backend: a parameter is float64, in which no quantized op computes; use model.float()")
+        if isinstance(x, nn.Parameter) and x.is_inference():
+            raise QfxError(
+                "backend: the model's parameters were made under torch.inference_mode(), where a change of theirs "
+                "cannot be seen; load the model outside of it"
+            )
+
+
+def _fused(graph: Graph) -> dict[str, str]:
+    """Matrices that an op reads which computes more than a product; torch's own encoder layers have one."""
+    found = {}
+    for node in graph.fx.find_nodes(op="get_attr"):
+        readers = {str(user.target).removeprefix("aten.").split(".")[0] for user in node.users}
+        fused = sorted(r for r in readers if r.startswith("_transformer") or "multi_head" in r)
+        if fused and graph.attr(str(node.target)).dim() > 1:
+            found[str(node.target)] = f"it is read inside {fused[0]}"
+    for name, why in found.items():
+        log.warning("qfx backend: %s stays in float: %s", name, why)
+    return found
+
+
+def _finish(traced: Traced, gm: fx.GraphModule, modules: Sequence[nn.Module]) -> tuple[fx.GraphModule, list[int]]:
+    """The rewritten graph, and which of Dynamo's inputs it still has: none that nothing reads any more.
+
+    The quantized weights are inputs behind those: Dynamo calls one graph with the parameters of several layers.
+    """
+    graph, positions = traced.graph.fx, traced.positions
+    graph.eliminate_dead_code()
+    inputs = {name: traced.placeholders[at] for name, at in positions.items()}
+    with graph.inserting_after(traced.placeholders[-1]):
+        for i, module in reversed(list(enumerate(modules))):
+            for leaf, _ in reversed(list(module.named_buffers())):
+                node = inputs[f"qfx_{i}.{leaf}"] = graph.placeholder(f"qfx_{i}_{leaf}")
+                node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+                node._dynamo_source = None  # type: ignore[attr-defined]
+    for node in list(graph.find_nodes(op="get_attr")):
+        if (value := inputs.get(str(node.target))) is not None:
+            value.meta.setdefault("val", node.meta["val"])
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+    theirs = list(gm.graph.find_nodes(op="placeholder"))
+    kept = []
+    for at, node in enumerate(traced.placeholders):
+        if at in positions.values() and not node.users:
+            graph.erase_node(node)
+            continue
+        kept.append(at)
+        # what tells the next backend which inputs keep their addresses
+        node.meta |= {k: theirs[at].meta[k] for k in ("tensor_dict", "example_value") if k in theirs[at].meta}
+        node._dynamo_source = getattr(theirs[at], "_dynamo_source", None)  # type: ignore[attr-defined]
+    rewritten = fx.GraphModule(traced.graph.module, graph, "Quantized")
+    if not list(rewritten.parameters()) and not list(rewritten.buffers()):
+        rewritten.meta |= {k: v for k, v in gm.meta.items() if k == "dynamo_compile_id"}
+        rewritten._param_name_to_source = {}  # type: ignore[assignment]
+    return rewritten, kept
+
+
+def _fake(value: Tensor) -> Any:
+    """An input of fixed sizes for the next backend, which would let those of a real tensor vary."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return value
+    return context.fake_mode.from_tensor(value, static_shapes=True)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Sees that an error is heard of where Dynamo is set to go on without the backend."""
+    try:
+        yield
+    except QfxError as e:
+        if torch._dynamo.config.suppress_errors:
+            warnings.warn(f"qfx: this part of the model runs in float: {e}", RuntimeWarning, stacklevel=3)
+        raise
