@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import qfx
+from qfx import watched
 from qfx.backend import Backend
 from qfx.core.errors import CalibrationError, CaptureError, QfxError, RecipeError
 from qfx.core.spec import scheme_label
@@ -71,6 +72,32 @@ def test_other_backends_compile_what_it_leaves(then: str) -> None:
     got = floats(torch.compile(model, backend=chosen)(**feeds))
     want = floats(torch.compile(quantized(model, chosen, feeds), backend=then)(**feeds))
     assert same(got, want)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [("W4A16_G32", "w4a16_linear"), ("W4A8_G32", "w4a8_linear"), ("NF4_G32", "nf4_linear"), ("W8A16", "wxa16_linear")],
+)
+def test_layouts_of_kernels(scheme: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = watched.quantized_weight
+
+    def with_layout(*args: Any) -> Any:  # as on a CUDA device
+        module = made(*args)
+        module.use_kernel(kernel)
+        return module
+
+    monkeypatch.setattr(watched, "quantized_weight", with_layout)
+    seen: list[str] = []
+
+    def record(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        seen.extend(str(n.target) for n in gm.graph.nodes)
+        return gm.forward
+
+    model, feeds = ZOO["gpt2"].load()
+    chosen = qfx.backend(scheme, then=record)
+    got = floats(torch.compile(model, backend=chosen)(**feeds))
+    assert seen.count(f"qfx.{kernel}.default") == len(chosen.layers) == 8
+    assert same(got, floats(quantized(model, chosen, feeds)(**feeds)))
 
 
 def test_it_is_found_by_name_without_an_import() -> None:
