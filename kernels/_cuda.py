@@ -16,6 +16,11 @@ def on_cuda(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return op.register_kernel("cuda") if TRITON else lambda fn: fn
 
 
+def body(op: Any) -> Callable[..., Any]:
+    """The PyTorch body of an op, for what its GPU kernel refuses."""
+    return op._init_fn  # torch has no public name for it
+
+
 def has_float8(device: torch.device) -> bool:
     """Whether the device's tensor cores multiply float8: compute capability 8.9 and later."""
     return torch.cuda.get_device_capability(device) >= (8, 9)

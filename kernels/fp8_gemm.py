@@ -8,7 +8,7 @@ from torch import Tensor
 from qfx.core.errors import KernelError
 from qfx.core.spec import Scheme
 from qfx.kernels import fp8_linear
-from qfx.kernels._cuda import on_cuda
+from qfx.kernels._cuda import body, on_cuda
 from qfx.kernels.int8_gemm import backward, check, finish, setup
 
 CASES = [
@@ -89,7 +89,7 @@ def _(
     from qfx.kernels.gpu.gemm8 import product, refusal
 
     if refusal(x_codes, codes) is not None:
-        return fp8_gemm._init_fn(x_codes, x_scale, codes, w_scale, bias, residual, activation, out_dtype)
+        return body(fp8_gemm)(x_codes, x_scale, codes, w_scale, bias, residual, activation, out_dtype)
     _check(x_codes, x_scale, codes, residual, activation, out_dtype)
     return product(x_codes, x_scale, codes, w_scale, bias, residual, activation, out_dtype)
 

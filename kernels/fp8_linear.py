@@ -10,7 +10,7 @@ from torch import Tensor
 from qfx.core.errors import KernelError
 from qfx.core.grid import Float
 from qfx.core.spec import Scheme
-from qfx.kernels._cuda import on_cuda
+from qfx.kernels._cuda import body, on_cuda
 from qfx.kernels.quantize_rows import named_grid, quantize_activation, supports_input
 
 CASES = [
@@ -90,7 +90,7 @@ def _(
     from qfx.kernels.gpu.linear8 import linear8, refusal
 
     if refusal(x, codes) is not None:
-        return fp8_linear._init_fn(x, codes, w_scale, bias, x_scale, x_grid, per_tensor)
+        return body(fp8_linear)(x, codes, w_scale, bias, x_scale, x_grid, per_tensor)
     _check(x, codes, x_grid)
     return linear8(x, codes, w_scale, bias, x_scale, None, x_grid, per_tensor)
 

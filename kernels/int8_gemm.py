@@ -13,7 +13,7 @@ from qfx.core.errors import KernelError
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
 from qfx.kernels import int8_linear
-from qfx.kernels._cuda import on_cuda
+from qfx.kernels._cuda import body, on_cuda
 
 CASES = [
     ((16,), 64, 32, "", False),
@@ -99,7 +99,7 @@ def _(
     from qfx.kernels.gpu.gemm8 import product, refusal
 
     if refusal(x_codes, codes) is not None:
-        return int8_gemm._init_fn(x_codes, x_scale, codes, w_scale, bias, residual, activation, out_dtype)
+        return body(int8_gemm)(x_codes, x_scale, codes, w_scale, bias, residual, activation, out_dtype)
     _check(x_codes, x_scale, codes, residual, activation, out_dtype)
     return product(x_codes, x_scale, codes, w_scale, bias, residual, activation, out_dtype)
 

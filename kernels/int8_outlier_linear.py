@@ -21,7 +21,7 @@ from qfx.core.errors import KernelError
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
 from qfx.kernels import int8_linear
-from qfx.kernels._cuda import on_cuda
+from qfx.kernels._cuda import body, on_cuda
 from qfx.kernels.quantize_rows import quantize_activation
 
 CASES = [
@@ -116,7 +116,7 @@ def _(
 
     rest = (codes, w_scale, bias, outlier_columns, outlier_weight, threshold, capacity)
     if refusal(x, codes) is not None:
-        return int8_outlier_linear._init_fn(x, *rest)
+        return body(int8_outlier_linear)(x, *rest)
     _check(x, codes, outlier_columns, outlier_weight, threshold, capacity)
     return outlier_linear(x, *rest)
 

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
-from qfx.kernels import nibbles
+from qfx.kernels import _tiled, nibbles
 from qfx.kernels._cuda import on_cuda
 
 CASES = [
@@ -28,7 +25,8 @@ CASES = [
 ]
 """(leading dims, in_features, out_features, scheme)."""
 
-LAYOUT = "quarters"
+WIDTHS = (4,)
+"""Bits of a code in the tiles."""
 OFFSET = 8
 """Added to signed codes: the kernel takes off a zero point, which is 8 without one."""
 
@@ -62,93 +60,13 @@ def w4a16_linear(
     Raises:
         KernelError: the tiles do not have as many columns as x.
     """
-    return _reference(x, tiles, scale, zero, order, bias, out_features, group)
+    nibbles.check("w4a16_linear", x, tiles, WIDTHS)
+    return _tiled.reference(x, tiles, scale, zero, order, bias, out_features, group)
 
 
-def _reference(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    order: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group: int,
-) -> Tensor:
-    nibbles.check("w4a16_linear", x, tiles)
-    w = _weight(tiles, scale, zero, out_features, x.shape[-1], group).to(x.dtype)
-    if order is not None:
-        x = x.index_select(-1, order)
-    return F.linear(x, w, None if bias is None else bias.to(x.dtype))
-
-
-def _weight(
-    tiles: Tensor, scale: Tensor, zero: Tensor | None, out_features: int, in_features: int, group: int
-) -> Tensor:
-    """float32 `[out, in]`, its columns in the order of the tiles."""
-    values = nibbles.untile(tiles, LAYOUT, out_features, in_features).float()
-    if zero is None:
-        values -= OFFSET
-    return nibbles.dequantize_tiles(values, scale, zero, group)
-
-
-@w4a16_linear.register_fake
-def _(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    order: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group: int,
-) -> Tensor:
-    nibbles.check("w4a16_linear", x, tiles)
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@on_cuda(w4a16_linear)
-def _(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    order: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group: int,
-) -> Tensor:
-    if x.dtype not in (torch.bfloat16, torch.float16):  # tensor cores take no wider floats
-        return _reference(x, tiles, scale, zero, order, bias, out_features, group)
-    from qfx.kernels.gpu.decode4 import INT4
-    from qfx.kernels.gpu.w4 import w4
-
-    flat = x.reshape(-1, x.shape[-1])
-    if order is not None:
-        flat = flat.index_select(-1, order)
-    elif flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    y = w4(flat, tiles, scale, zero, bias, out_features, group, INT4)
-    return y.view(*x.shape[:-1], out_features)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, tiles, scale, zero, order, bias, out_features, group = inputs
-    ctx.save_for_backward(tiles, scale, zero, order)
-    ctx.sizes = out_features, x.shape[-1], group
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tiles, scale, zero, order = ctx.saved_tensors
-    w = _weight(tiles, scale, zero, *ctx.sizes).to(grad.dtype)
-    flat = grad.reshape(-1, grad.shape[-1])
-    x_grad = nibbles.unordered(flat @ w, order).reshape(*grad.shape[:-1], w.shape[1])
-    bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
-    return x_grad, None, None, None, None, bias_grad, None, None
-
-
-w4a16_linear.register_autograd(_backward, setup_context=_setup)
+w4a16_linear.register_fake(_tiled.fake("w4a16_linear", WIDTHS))
+on_cuda(w4a16_linear)(_tiled.on_gpu)
+w4a16_linear.register_autograd(_tiled.backward, setup_context=_tiled.setup)
 
 
 def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | None:
@@ -163,7 +81,7 @@ def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | Non
 
 def prepare(stored: dict[str, Tensor | None], *, bits: int, in_features: int, signed: bool) -> dict[str, Tensor | None]:
     """A stored weight in kernel layout: `tiles`, `scale`, `zero`, `order`."""
-    return nibbles.prepare(stored, LAYOUT, bits=bits, in_features=in_features, signed=signed, offset=OFFSET)
+    return nibbles.prepare(stored, _tiled.LAYOUTS[4], bits=bits, in_features=in_features, signed=signed, offset=OFFSET)
 
 
 def restore(
@@ -171,4 +89,4 @@ def restore(
 ) -> dict[str, Tensor | None]:
     """The inverse of `prepare`."""
     size = {"in_features": in_features, "out_features": out_features}
-    return nibbles.restore(prepared, LAYOUT, bits=bits, signed=signed, offset=OFFSET, **size)
+    return nibbles.restore(prepared, _tiled.LAYOUTS[4], bits=bits, signed=signed, offset=OFFSET, **size)

@@ -15,7 +15,7 @@ from qfx.core.errors import KernelError
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
 from qfx.kernels import nibbles
-from qfx.kernels._cuda import has_float8, on_cuda
+from qfx.kernels._cuda import body, has_float8, on_cuda
 from qfx.kernels.quantize_rows import grid_name, quantize_activation
 
 CASES = [
@@ -222,7 +222,7 @@ def _(
 ) -> Tensor:
     float8, wide = x_grid == "e4m3", x.dtype not in (torch.bfloat16, torch.float16, torch.float32)
     if wide or _not_right(group, float8) or (float8 and not has_float8(x.device)):
-        return w4a8_linear._init_fn(x, tiles, scale, zero, order, bias, out_features, group, x_grid)
+        return body(w4a8_linear)(x, tiles, scale, zero, order, bias, out_features, group, x_grid)
     from qfx.kernels.gpu.decode4 import eight_bit_decoder
     from qfx.kernels.gpu.gated_quantize import quantize_rows
     from qfx.kernels.gpu.w4 import w4
@@ -262,7 +262,7 @@ def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | Non
         return "w4a8_linear: the weight is not integers of at most 4 bits"
     if not w.symmetric and not isinstance(x.grid, Int):
         return "w4a8_linear: float8 activations with zero points; use symmetric weights"
-    if not w.symmetric and 32 <= in_features // max(1, w.groups(in_features)) < nibbles.TILE and w.block[1] > 0:
+    if not w.symmetric and 0 < w.block[1] < nibbles.TILE:
         return "w4a8_linear: zero points in groups below 128"
     if w.grid.bits == 4 and not w.grid.signed and w.symmetric:
         return "w4a8_linear: unsigned codes without zero points"

@@ -5,15 +5,12 @@ What `qfx::w4a16_linear` is for 4 bits. Other widths take the next larger one: 1
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qfx.core.grid import Int
 from qfx.core.spec import Scheme
-from qfx.kernels import nibbles
+from qfx.kernels import _tiled, nibbles
 from qfx.kernels._cuda import on_cuda
 
 CASES = [
@@ -38,8 +35,8 @@ CASES = [
 ]
 """(leading dims, in_features, out_features, scheme)."""
 
-WIDTHS = {2: "eighths", 3: "split", 8: "bytes"}
-"""The layout of each width."""
+WIDTHS = (2, 3, 8)
+"""Bits of a code in the tiles."""
 
 
 @torch.library.custom_op("qfx::wxa16_linear", mutates_args=())
@@ -71,94 +68,13 @@ def wxa16_linear(
     Raises:
         KernelError: the tiles have another width, or do not have as many columns as x.
     """
-    return _reference(x, tiles, scale, zero, order, bias, out_features, group)
+    nibbles.check("wxa16_linear", x, tiles, WIDTHS)
+    return _tiled.reference(x, tiles, scale, zero, order, bias, out_features, group)
 
 
-def _reference(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    order: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group: int,
-) -> Tensor:
-    nibbles.check("wxa16_linear", x, tiles, tuple(WIDTHS))
-    w = _weight(tiles, scale, zero, out_features, x.shape[-1], group).to(x.dtype)
-    if order is not None:
-        x = x.index_select(-1, order)
-    return F.linear(x, w, None if bias is None else bias.to(x.dtype))
-
-
-def _weight(
-    tiles: Tensor, scale: Tensor, zero: Tensor | None, out_features: int, in_features: int, group: int
-) -> Tensor:
-    """float32 `[out, in]`, its columns in the order of the tiles."""
-    width = tiles.shape[-1] // 16
-    values = nibbles.untile(tiles, WIDTHS[width], out_features, in_features).float()
-    if zero is None:
-        values -= 2 ** (width - 1)
-    return nibbles.dequantize_tiles(values, scale, zero, group)
-
-
-@wxa16_linear.register_fake
-def _(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    order: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group: int,
-) -> Tensor:
-    nibbles.check("wxa16_linear", x, tiles, tuple(WIDTHS))
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-@on_cuda(wxa16_linear)
-def _(
-    x: Tensor,
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    order: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    group: int,
-) -> Tensor:
-    if x.dtype not in (torch.bfloat16, torch.float16):  # tensor cores take no wider floats
-        return _reference(x, tiles, scale, zero, order, bias, out_features, group)
-    from qfx.kernels.gpu.decode4 import int_decoder
-    from qfx.kernels.gpu.w4 import w4
-
-    flat = x.reshape(-1, x.shape[-1])
-    if order is not None:
-        flat = flat.index_select(-1, order)
-    elif flat.stride(-1) != 1:
-        flat = flat.contiguous()
-    y = w4(flat, tiles, scale, zero, bias, out_features, group, int_decoder(tiles.shape[3] // 16, x.dtype))
-    return y.view(*x.shape[:-1], out_features)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, tiles, scale, zero, order, bias, out_features, group = inputs
-    ctx.save_for_backward(tiles, scale, zero, order)
-    ctx.sizes = out_features, x.shape[-1], group
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tiles, scale, zero, order = ctx.saved_tensors
-    w = _weight(tiles, scale, zero, *ctx.sizes).to(grad.dtype)
-    flat = grad.reshape(-1, grad.shape[-1])
-    x_grad = nibbles.unordered(flat @ w, order).reshape(*grad.shape[:-1], w.shape[1])
-    bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
-    return x_grad, None, None, None, None, bias_grad, None, None
-
-
-wxa16_linear.register_autograd(_backward, setup_context=_setup)
+wxa16_linear.register_fake(_tiled.fake("wxa16_linear", WIDTHS))
+on_cuda(wxa16_linear)(_tiled.on_gpu)
+wxa16_linear.register_autograd(_tiled.backward, setup_context=_tiled.setup)
 
 
 def width_of(bits: int) -> int:
@@ -180,7 +96,7 @@ def prepare(stored: dict[str, Tensor | None], *, bits: int, in_features: int, si
     """A stored weight in kernel layout: `tiles`, `scale`, `zero`, `order`."""
     width = width_of(bits)
     size = {"bits": bits, "in_features": in_features}
-    return nibbles.prepare(stored, WIDTHS[width], signed=signed, offset=2 ** (width - 1), **size)
+    return nibbles.prepare(stored, _tiled.LAYOUTS[width], signed=signed, offset=2 ** (width - 1), **size)
 
 
 def restore(
@@ -189,4 +105,4 @@ def restore(
     """The inverse of `prepare`."""
     width = width_of(bits)
     size = {"bits": bits, "in_features": in_features, "out_features": out_features}
-    return nibbles.restore(prepared, WIDTHS[width], signed=signed, offset=2 ** (width - 1), **size)
+    return nibbles.restore(prepared, _tiled.LAYOUTS[width], signed=signed, offset=2 ** (width - 1), **size)

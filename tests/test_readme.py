@@ -1,6 +1,7 @@
 """The README's code runs, and prints what the README says."""
 
 import io
+import json
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -12,7 +13,8 @@ import qfx
 from qfx.passes import METHODS
 from qfx.recipes import PRESETS
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -51,3 +53,30 @@ def test_every_command_is_one_of_the_cli() -> None:
 
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert set(re.findall(r"^qfx (\w+)", "\n".join(blocks("bash")), re.MULTILINE)) == commands
+
+
+KERNELS = {
+    "W4A16, groups of 128": "w4a16_linear",
+    "W4A8 (int8), groups of 128, product alone": "w4a8_gemm",
+    "W8A8 (int8), with quantization": "int8_linear",
+    "FP8, with quantization": "fp8_linear",
+    "NF4": "nf4_linear",
+    "LLM.int8, 1 % static outliers": "int8_outlier_linear static",
+}
+
+
+def test_the_speeds_are_those_that_were_measured() -> None:
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/kernels.jsonl").read_text().splitlines()]
+    layer = [r for r in rows if (r.get("N"), r.get("K")) == (28672, 8192) and "us" in r]
+    own = {(r["name"], r["M"]): r for r in layer}
+    table = README.partition("<!-- kernels: begin -->")[2].partition("<!-- kernels: end -->")[0]
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    tokens = [int(m) for m in lines[0][1:]]
+    assert [line[0] for line in lines[2:]] == list(KERNELS)
+    for label, *cells in lines[2:]:
+        for m, cell in zip(tokens, cells, strict=True):
+            ours = own[KERNELS[label], m]
+            peers = [r["us"] for r in layer if r["role"] == "peer" and (r["family"], r["M"]) == (ours["family"], m)]
+            bf16 = own["bf16", m]["us"]
+            best = f" ({bf16 / min(peers):.2f})" if peers else ""
+            assert cell == f"{bf16 / ours['us']:.2f}{best}"

@@ -1,8 +1,7 @@
 """Programmatic dependent launch: a kernel starts while the one before it drains (sm_90 and later).
 
 A kernel that is launched with `launch_pdl=True` may begin before its predecessor on the stream has ended. It must call
-`wait_for_previous` before it reads what others wrote and before it writes anything; `prefetch` may come earlier, since
-it only brings lines into the L2 cache, which all kernels share.
+`wait_for_previous` before it reads what others wrote and before it writes anything.
 """
 
 from __future__ import annotations
@@ -26,17 +25,3 @@ def wait_for_previous(PDL: tl.constexpr):
     """Returns when all that came before this kernel is done and visible."""
     if PDL and not interpreted:
         gdc_wait()
-
-
-@triton.jit
-def prefetch(pointers, PDL: tl.constexpr):
-    """Brings lines of 128 bytes into the L2 cache, one for each pointer."""
-    if PDL and not interpreted:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [pointers.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )

@@ -19,11 +19,12 @@ from triton.runtime.errors import OutOfResources
 from qfx.kernels.gpu import w4_few
 from qfx.kernels.gpu.decode4 import E4M3_NIBBLES, INT4_TO_E4M3, Decoder, decode
 from qfx.kernels.gpu.dequantize4 import by_cublas
-from qfx.kernels.gpu.launch import INTERPRET, Launcher, capability, interpreted
+from qfx.kernels.gpu.launch import INTERPRET, Launcher, capability
 from qfx.kernels.gpu.parts import counters, sum_parts
 from qfx.kernels.gpu.pdl import launch_next, wait_for_previous
 from qfx.kernels.gpu.tune import bucket, pick
 from qfx.kernels.gpu.w4_config import Config, candidates, default
+from qfx.kernels.gpu.w4_few import load_x
 
 
 @triton.jit
@@ -46,14 +47,7 @@ def _load_words(ptr, TOKENS: tl.constexpr):
 
 @triton.jit
 def _load_x(ptr, live, k, K, EVEN_K: tl.constexpr):
-    mask = live if EVEN_K else live & (k < K)
-    if ptr.dtype.element_ty == tl.int8:
-        x = tl.load(ptr, mask=mask, other=0)
-    else:
-        x = tl.load(ptr, mask=mask, other=0.0)
-        if interpreted and ptr.dtype.element_ty.primitive_bitwidth == 16:  # its dot of bfloat16 is wrong
-            x = x.to(tl.float32)
-    return x
+    return load_x(ptr, live if EVEN_K else live & (k < K))
 
 
 @triton.jit

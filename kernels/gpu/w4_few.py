@@ -57,10 +57,10 @@ def _kernel(
     for block in range(0, blocks, W):
         if EVEN_K:
             w = tl.load(wp, eviction_policy="evict_first")
-            x = _load_x(xp, live[None, None, :])
+            x = load_x(xp, live[None, None, :])
         else:
             w = tl.load(wp, mask=(block + warp < blocks)[:, None, None], other=0)
-            x = _load_x(xp, live[None, None, :] & (block * 128 + rk < K)[:, :, None])
+            x = load_x(xp, live[None, None, :] & (block * 128 + rk < K)[:, :, None])
         h = None
         if HIGH:
             if EVEN_K:
@@ -97,7 +97,8 @@ def _kernel(
 
 
 @triton.jit
-def _load_x(ptr, mask):
+def load_x(ptr, mask):
+    """A tile of the tokens."""
     if ptr.dtype.element_ty == tl.int8:
         x = tl.load(ptr, mask=mask, other=0)
     else:

@@ -1,7 +1,5 @@
 """The law on a GPU, for whatever body each op has there."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from tests.kernels import test_fp8_linear, test_int8_linear, test_wna16_linear, 
 from tests.kernels.gpu.test_gemm8 import lost
 from tests.kernels.law import DTYPES, Case, make_case, reference, violation
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float32_sums")]
 RUNS = [
     (int8_linear, test_int8_linear.run),
     (fp8_linear, test_fp8_linear.run),
@@ -23,19 +21,6 @@ RUNS = [
     (wnaq_linear, test_wnaq_linear.run),
 ]
 SIZES = [((1,), 512, 256), ((33,), 1024, 384), ((3, 100), 768, 130)]
-
-
-@pytest.fixture(autouse=True)
-def sums_in_float32() -> Iterator[None]:
-    """The law counts roundings of float32 sums: cuBLAS may not split them in half precision here."""
-    flags = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_tf32")
-    before = {name: getattr(flags, name) for name in names}
-    for name in names:
-        setattr(flags, name, False)
-    yield
-    for name, value in before.items():
-        setattr(flags, name, value)
 
 
 def violation_fp8(y: Tensor, case: Case) -> float:

@@ -41,6 +41,9 @@ assert hadamard.hadamard(hadamard.hadamard(x, 64)[0], 64)[0].allclose(x, atol=1e
 tiles, absmax = nf4_linear.prepare(*nf4_linear.quantize(torch.randn(32, 64)))
 assert nf4_linear.nf4_linear(x, tiles, absmax, None, 32).shape == (8, 32)
 
+on_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("qfx::w4a16_linear", "CUDA")
+assert on_cuda == (sys.argv[1] == "with")
+
 found = [name for name in sys.modules if name.startswith("qfx.kernels.gpu.")]
 assert not found, found
 print("done")

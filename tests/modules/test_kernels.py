@@ -170,6 +170,12 @@ def test_the_choice_has_a_reason() -> None:
         choose_kernel(parse_scheme("W4A16"), 48, 20)
 
 
+@pytest.mark.parametrize("scheme", ["W4A8_ASYM_G64", "W4A8_ASYM_G128", "W4A8", "W4A16", "W3A16_ASYM_G32", "NF4"])
+def test_groups_that_do_not_divide_the_columns_are_a_reason(scheme: str) -> None:
+    for kernel in kernels.KERNELS.values():
+        assert isinstance(kernel.supports(parse_scheme(scheme), 100, 64, False), str)
+
+
 def test_groups_of_unequal_sizes_stay_as_they_are_stored() -> None:
     """The kernel's layout could not say which column was of which group."""
     case = make_case((5,), 64, 20, "W4A16_G32")

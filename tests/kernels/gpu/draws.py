@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -189,18 +188,3 @@ def rows(name: str, count: int, columns: int) -> Iterator[int]:
     yield 1 if r.random() < 0.4 else 3
     for i in range(count - 2):
         yield odd(r, 515, most) if i % 3 == 0 and most > 600 else odd(r, 3, min(511, most))
-
-
-@pytest.fixture
-def float32_sums() -> Iterator[None]:
-    """The bounds count roundings of float32: cuBLAS may not split sums in half precision."""
-    flags = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_tf32")
-    before = {name: getattr(flags, name) for name in names}
-    for name in names:
-        setattr(flags, name, False)
-    yield
-    for name, value in before.items():
-        setattr(flags, name, value)
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()

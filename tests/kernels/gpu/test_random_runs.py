@@ -11,11 +11,11 @@ from torch import Tensor
 
 from qfx.kernels import nf4_linear
 from tests.kernels import test_int8_outlier_linear as outlier
-from tests.kernels.gpu.draws import DEVICE, codes8, float32_sums, normal
+from tests.kernels.gpu.draws import DEVICE, codes8, normal
 from tests.kernels.gpu.test_random_shapes import BF16, E4M3, F32, INT8, gemm_case
 from tests.kernels.gpu.test_random_shapes_w4 import four
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures(float32_sums.__name__)]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float32_sums")]
 ops = torch.ops.qfx
 Output = Tensor | tuple[Tensor, ...]
 

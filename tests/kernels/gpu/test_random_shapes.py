@@ -21,7 +21,6 @@ from tests.kernels.gpu.draws import (
     bound,
     codes8,
     codes_right,
-    float32_sums,
     integers,
     lost,
     normal,
@@ -37,7 +36,7 @@ pytest.importorskip("triton")
 
 from qfx.kernels.gpu.linear8 import quantized
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures(float32_sums.__name__)]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float32_sums")]
 BF16, F16, F32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 EACH = 20

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qfx.kernels.hadamard import transform
 from qfx.kernels.quantize_rows import codes_of
-from tests.kernels.gpu.draws import DEVICE, codes_right, float32_sums, normal, padded, peaks, rows, scales_right
+from tests.kernels.gpu.draws import DEVICE, codes_right, normal, padded, peaks, rows, scales_right
 from tests.kernels.law import DTYPES
 from tests.kernels.test_gated_quantize import within as gated_within
 from tests.kernels.test_norm_quantize import within as norm_within
@@ -22,7 +22,7 @@ from qfx.kernels.gpu import hadamard as had
 from qfx.kernels.gpu.tune import bucket
 from tests.kernels.gpu.test_rowwise import hadamard_bound
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures(float32_sums.__name__)]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float32_sums")]
 BF16, F16, F32 = DTYPES[1], DTYPES[2], DTYPES[0]
 ops = torch.ops.qfx
 
