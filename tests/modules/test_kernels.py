@@ -172,7 +172,9 @@ def test_the_choice_has_a_reason() -> None:
 
 @pytest.mark.parametrize("scheme", ["W4A8_ASYM_G64", "W4A8_ASYM_G128", "W4A8", "W4A16", "W3A16_ASYM_G32", "NF4"])
 def test_groups_that_do_not_divide_the_columns_are_a_reason(scheme: str) -> None:
-    for kernel in kernels.KERNELS.values():
+    ours = {name: kernel for name, kernel in kernels.KERNELS.items() if name != "reversed"}
+    assert len(ours) == 4
+    for kernel in ours.values():
         assert isinstance(kernel.supports(parse_scheme(scheme), 100, 64, False), str)
 
 
