@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from ._manifest import MANIFEST, FileEntry, Manifest, read_manifest
+from pydantic import TypeAdapter, ValidationError
+
+from ._manifest import MANIFEST, FileEntry, Manifest, one_line, read_manifest
 from .core.errors import PackageError
+
+EXPORTED = "qfx_quant.json"
+"""What stands in the folders for other runtimes in the manifest's place. Its key `files` lists the other files."""
 
 _LOCK = threading.Lock()
 """Names of temporaries tell processes apart, this tells threads apart."""
@@ -53,16 +59,17 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise PackageError("exists and is not a folder; choose another path")
     if not any(target.iterdir()):
         return
-    if not (target / MANIFEST).is_file():
+    kind = next((name for name in (MANIFEST, EXPORTED) if (target / name).is_file()), None)
+    if kind is None:
         raise PackageError("exists and is not a qfx folder; choose another path, or empty it")
     if not overwrite:
         raise PackageError("exists; choose another path, or overwrite=True")
     try:
-        known = read_manifest(target).files
+        known = read_manifest(target).files if kind == MANIFEST else exported_files(target)
     except PackageError as e:
         raise PackageError(f"exists, but {e}; to replace it, delete it first") from None
     held = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_symlink() or not p.is_dir()}
-    if strange := sorted(held - {MANIFEST, *known}):  # a README, or the .git of a clone, would be lost
+    if strange := sorted(held - {kind, *known}):  # a README, or the .git of a clone, would be lost
         names = ", ".join(strange[:3]) + (" ..." if len(strange) > 3 else "")
         raise PackageError(f"exists and has files that qfx did not write ({names}); move them, or choose another path")
 
@@ -90,7 +97,7 @@ def _sweep(target: Path) -> None:
             pid = path.name.rpartition("-")[2]
             if not pid.isdigit() or _alive(int(pid)):
                 continue
-            if kind == "old" and not target.exists() and (path / MANIFEST).is_file():
+            if kind == "old" and not target.exists() and _has_manifest(path):
                 os.rename(path, target)
             else:
                 _remove(path)
@@ -117,8 +124,9 @@ def _alive(pid: int) -> bool:
 
 def _remove(folder: Path) -> None:
     """Deletes a folder; its manifest goes first, so that what a kill leaves is never taken for a whole one."""
-    with contextlib.suppress(OSError):
-        (folder / MANIFEST).unlink()
+    for name in (MANIFEST, EXPORTED):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -139,11 +147,26 @@ def _sync_one(path: Path) -> None:
             raise
 
 
+def exported_files(folder: Path) -> dict[str, FileEntry]:
+    """The other files of a folder for another runtime, as `EXPORTED` lists them; PackageError if it does not."""
+    try:
+        data = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
+        return TypeAdapter(dict[str, FileEntry]).validate_python(data["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as e:
+        raise PackageError(f"{EXPORTED} cannot be read ({one_line(e)})") from None
+
+
+def _has_manifest(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (MANIFEST, EXPORTED))
+
+
 def describe_files(folder: Path) -> dict[str, FileEntry]:
     """Size and hash of every file but the manifest."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     named = {p.relative_to(folder).as_posix(): p for p in files}
-    return {n: FileEntry(size=p.stat().st_size, sha256=_hash(p)) for n, p in named.items() if n != MANIFEST}
+    return {
+        n: FileEntry(size=p.stat().st_size, sha256=_hash(p)) for n, p in named.items() if n not in (MANIFEST, EXPORTED)
+    }
 
 
 def open_folder(folder: Path, verify: bool) -> Manifest:
