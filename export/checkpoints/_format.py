@@ -49,7 +49,7 @@ class Format(Protocol):
     name: str
 
     def refuses(self, layer: LinearWeights) -> str | None:
-        """None if the format expresses the linear bit for bit, otherwise why not and the nearest scheme that it does."""
+        """None if the format expresses the linear bit for bit; otherwise why not, and the nearest that it does."""
         ...
 
     def config(self, layers: Sequence[LinearWeights], floats: Sequence[str]) -> dict[str, Any]:
