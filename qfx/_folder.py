@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -181,7 +181,13 @@ def open_folder(folder: Path, verify: bool) -> Manifest:
         why = f"a save was interrupted, rename {backups[0]} to it or save again" if backups else "check the path"
         raise PackageError(f"no such folder; {why}")
     manifest = read_manifest(folder)
-    for name, entry in manifest.files.items():
+    check_files(folder, manifest.files, verify)
+    return manifest
+
+
+def check_files(folder: Path, files: Mapping[str, FileEntry], verify: bool) -> None:
+    """Raises PackageError unless files have the sizes, and if `verify` the hashes, that they were saved with."""
+    for name, entry in files.items():
         path = folder / name
         if not path.is_file():
             raise PackageError(f"{name} is missing; copy or save the folder again")
@@ -190,10 +196,9 @@ def open_folder(folder: Path, verify: bool) -> Manifest:
             raise PackageError(f"{name} is truncated, {size:,} of {entry.size:,} bytes; copy or save the folder again")
         if size > entry.size:
             raise PackageError(f"{name} has {size:,} bytes instead of {entry.size:,}; copy or save the folder again")
-    for name, entry in manifest.files.items() if verify else ():
+    for name, entry in files.items() if verify else ():
         if _hash(folder / name) != entry.sha256:
             raise PackageError(f"{name} is not what was saved, its hash differs; copy or save the folder again")
-    return manifest
 
 
 def _hash(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,11 +73,16 @@ def load_shards(model: nn.Module, folder: Path, manifest: Manifest, device: torc
         expected = {name: entry for name, entry in manifest.tensors.items() if entry.file == file}
         for name, tensor in _read(folder / file, expected):
             value = tensor.to(device, copy=True)  # what was read may still be the file's own memory
-            if expected[name].kind == "parameter":
-                value = _parameter(model, name, value)
-            for alias in (name, *others.get(name, ())):
-                module, leaf = owner_of(model, alias)
-                setattr(module, leaf, value)
+            put_tensor(model, (name, *others.get(name, ())), value, expected[name].kind)
+
+
+def put_tensor(model: nn.Module, names: Sequence[str], value: Tensor, kind: str) -> None:
+    """Makes a tensor the parameter or buffer of all of these names."""
+    if kind == "parameter":
+        value = _parameter(model, names[0], value)
+    for name in names:
+        module, leaf = owner_of(model, name)
+        setattr(module, leaf, value)
 
 
 def _read(path: Path, expected: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:

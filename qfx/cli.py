@@ -72,6 +72,9 @@ def quantize(
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in the output folder.")] = False,
+    format: Annotated[
+        str, typer.Option(help="qfx, or for other engines: compressed-tensors, gptq, awq or bitsandbytes.")
+    ] = "qfx",
     resume: Annotated[
         Path | None,
         typer.Option(help="Folder for solved layers: the same command goes on there after an interruption."),
@@ -82,6 +85,7 @@ def quantize(
     with _errors():
         loaded = _recipe(recipe, group_size)
         _check_output(output, overwrite)
+        _check_format(format)
         if calibration is None and loaded.needs_data:
             raise CalibrationError(
                 f"calibration: the recipe {recipe} measures activations; give --calibration text.txt"
@@ -100,14 +104,14 @@ def quantize(
         batches = _batches(model, calibration, tokenizer, sequence, samples, seed, batch_size) if calibration else None
         quantized = run(model, loaded, batches, resume=resume)
         _out().print(render(quantized.qfx.report, verbose))  # type: ignore[union-attr,arg-type]
-        save(quantized, output, tokenizer=tokenizer, overwrite=overwrite)
+        save(quantized, output, format=format, tokenizer=tokenizer, overwrite=overwrite)
         _out().print(Text(f"\nsaved to {output}", style="bold"))
 
 
 @app.command(name="eval")
 def evaluate(
     model_dir: Annotated[
-        Path, typer.Argument(help="A folder that qfx saved, or of a Hugging Face model.", show_default=False)
+        Path, typer.Argument(help="A folder of a Hugging Face model, quantized or not.", show_default=False)
     ],
     text: Annotated[Path, typer.Option("--text", "-t", help="UTF-8 text to measure on.", show_default=False)],
     window: Annotated[
@@ -125,9 +129,9 @@ def evaluate(
             raise QfxError(f"perplexity: there is no file {text}")
         from . import checkpoints
         from .evaluate import default_window, perplexity
-        from .package import load
+        from .package import is_checkpoint, load
 
-        saved = checkpoints.is_quantized(model_dir)
+        saved = checkpoints.is_quantized(model_dir) or is_checkpoint(model_dir)
         model: Any = load(model_dir, device=device) if saved else _float_model(model_dir, dtype, device)
         if not getattr(model, "can_generate", bool)() or model.config.is_encoder_decoder:
             raise QfxError(f"perplexity: {type(model).__name__} is not a causal language model")
@@ -224,6 +228,14 @@ def _check_output(folder: Path, overwrite: bool) -> None:
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not overwrite:
         raise PackageError(f"save: {folder} exists; choose another --output, or --overwrite to replace a saved model")
+
+
+def _check_format(name: str) -> None:
+    """Before the work, too."""
+    from .package import format_names
+
+    if name not in (names := format_names()):
+        raise PackageError(f"save: there is no format {name!r}; use {', '.join(names)}")
 
 
 @contextlib.contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,17 @@ from torch import nn
 
 from ._build import blank_copy, build, describe_class
 from ._folder import describe_files, open_folder, staged
-from ._manifest import CONFIG, FORMAT, GENERATION, REPORT, Manifest, ModelEntry, one_line, versions
+from ._manifest import FORMAT, GENERATION, Manifest, ModelEntry, one_line, versions
 from ._shards import load_shards, plan_shards, write_shards
+from ._side_files import read_generation, read_report, write_configs, write_report, write_tokenizer
 from ._tree import describe, rebuild, restore_derived, stored_names, unlike
 from .core.errors import PackageError, RecipeError
 from .core.lowering import LoweringReport
 from .core.report import Report
 from .recipes import Recipe
+
+FORMAT_NAME = "qfx"
+"""The format of one's own, which holds everything."""
 
 
 @dataclass
@@ -46,6 +48,7 @@ def save(
     model: nn.Module,
     folder: str | Path,
     *,
+    format: str = FORMAT_NAME,
     tokenizer: Any = None,
     overwrite: bool = True,
     max_shard_size: int | str = "4GB",
@@ -58,6 +61,8 @@ def save(
     Args:
         model: any model with `.qfx`.
         folder: where to. What is there is replaced if `save` wrote it.
+        format: "qfx" holds every model and scheme, bit for bit. "compressed-tensors", "gptq", "awq" and "bitsandbytes"
+            are Hugging Face folders for other engines; what they do not hold is an error, before anything is written.
         tokenizer: anything with `save_pretrained`, or the path of a folder to copy the tokenizer's files from.
         overwrite: False raises if there is a saved model.
         max_shard_size: the largest size of a file of tensors, in bytes or as "4GB".
@@ -70,6 +75,9 @@ def save(
         info = getattr(model, "qfx", None)
         if not isinstance(info, Quantized):
             raise PackageError(f"this {type(model).__name__} has no .qfx; give the model that qfx.quantize returned")
+        if format != FORMAT_NAME:
+            _save_as(format, model, info, Path(folder), tokenizer, overwrite, max_shard_size)
+            return
         tree = describe(model)
         tensors = tree.pop("tensors")
         manifest = Manifest(
@@ -83,11 +91,11 @@ def save(
             files={},
         )
         with staged(Path(folder), overwrite) as made:
-            _write_tokenizer(made, tokenizer)
-            _write_configs(made, model)
+            write_tokenizer(made, tokenizer)
+            write_configs(made, model)
             if manifest.model.transformers:
                 manifest = manifest.model_copy(update={"model": _rehearse(made, manifest, model)})
-            _write_report(made, info.report)
+            write_report(made, info.report)
             write_shards(made, tensors, manifest.tensors)
             manifest.model_copy(update={"files": describe_files(made)}).write(made)
     except PackageError as e:
@@ -106,12 +114,14 @@ def load(
     attn_implementation: str | None = None,
     lower: bool = True,
 ) -> nn.Module:
-    """Loads what `save` wrote: the same model, in evaluation mode, with `.qfx`.
+    """Loads what `save` wrote, in any format: the same model, in evaluation mode, with `.qfx`.
+
+    Checkpoints of other tools in those formats are read, too, if what they hold is what qfx computes.
 
     Args:
         folder: where from.
         model: a float instance of the model's class, with any weights, for classes that are not in transformers. It is
-            not changed.
+            not changed. Only for format "qfx".
         device: where to put the tensors.
         verify: compare the hash of every file (sizes are always compared).
         attn_implementation: instead of the one that the model had, for models of transformers.
@@ -123,41 +133,95 @@ def load(
     path = Path(folder)
     try:
         place = _device(device)
-        manifest = open_folder(path, verify)
-        name, hub = manifest.model.qualname, manifest.model.transformers
-        report = _report(path)
-        if model is not None:
-            fresh = blank_copy(model, manifest.model)
-        elif hub is not None:
-            fresh = build(path, manifest.model, hub.dtype, attn_implementation)
-        else:
-            raise PackageError(f"{manifest.model.module}.{name} is not a class of transformers; pass model={name}(...)")
-        if attn_implementation and (model is not None or hub is None):
-            raise PackageError("attn_implementation is set where the model is built; drop it, or drop model=")
-        names = stored_names(fresh)
-        rebuild(fresh, manifest)
-        load_shards(fresh, path, manifest, place)
-        if differ := restore_derived(fresh, manifest):
-            which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
-            warnings.warn(
-                f"load: {folder}: buffers that {name} makes by itself differ from the saved model's ({which}); "
-                "outputs may differ, check versions and settings",
-                stacklevel=2,
-            )
-        fresh.to(place)
-        if model is None and GENERATION in manifest.files:
-            _read_generation(fresh, path)
+        fresh, info, names = (_load_foreign if is_checkpoint(path) else _load_own)(
+            path, model, place, verify, attn_implementation
+        )
     except PackageError as e:
         raise PackageError(f"load: {folder}: {e}") from e.__cause__
     except OSError as e:
         raise PackageError(f"load: {folder}: {one_line(e)}; check that it can be read") from e
-    attach(fresh, Quantized(report, _recipe(manifest), manifest.example), names)
+    attach(fresh, info, names)
     fresh.eval()
     if lower and place.type == "cuda":
         from . import lowering  # it captures, which few who load need
 
         lowering.lower(fresh)
     return fresh
+
+
+def _load_own(
+    path: Path, model: nn.Module | None, place: torch.device, verify: bool, attn_implementation: str | None
+) -> tuple[nn.Module, Quantized, set[str]]:
+    manifest = open_folder(path, verify)
+    name, hub = manifest.model.qualname, manifest.model.transformers
+    report = read_report(path)
+    if model is not None:
+        fresh = blank_copy(model, manifest.model)
+    elif hub is not None:
+        fresh = build(path, manifest.model, hub.dtype, attn_implementation)
+    else:
+        raise PackageError(f"{manifest.model.module}.{name} is not a class of transformers; pass model={name}(...)")
+    if attn_implementation and (model is not None or hub is None):
+        raise PackageError("attn_implementation is set where the model is built; drop it, or drop model=")
+    names = stored_names(fresh)
+    rebuild(fresh, manifest)
+    load_shards(fresh, path, manifest, place)
+    if differ := restore_derived(fresh, manifest):
+        which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
+        warnings.warn(
+            f"load: {path}: buffers that {name} makes by itself differ from the saved model's ({which}); "
+            "outputs may differ, check versions and settings",
+            stacklevel=3,
+        )
+    fresh.to(place)
+    if model is None and GENERATION in manifest.files:
+        read_generation(fresh, path)
+    return fresh, Quantized(report, _recipe(manifest.recipe), manifest.example), names
+
+
+def format_names() -> list[str]:
+    """What `save` takes as its format."""
+    from qfx.export.checkpoints.formats import FORMATS
+
+    return [FORMAT_NAME, *FORMATS]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder has a quantized model in the format of another tool."""
+    from qfx.export.checkpoints.reading import is_checkpoint as found
+
+    return found(path)
+
+
+def _load_foreign(
+    path: Path, model: nn.Module | None, place: torch.device, verify: bool, attn_implementation: str | None
+) -> tuple[nn.Module, Quantized, set[str]]:
+    from qfx.export.checkpoints.reading import read_checkpoint
+
+    if model is not None:
+        raise PackageError("a checkpoint for other engines is built from its config.json; drop model=")
+    found = read_checkpoint(path, place, verify=verify, attn_implementation=attn_implementation)
+    return found.model, Quantized(found.report, _recipe(found.report.recipe), found.example), found.float_names
+
+
+def _save_as(
+    format: str, model: nn.Module, info: Quantized, folder: Path, tokenizer: Any, overwrite: bool, shard: int | str
+) -> None:
+    from qfx.export.checkpoints.folder import write_checkpoint
+    from qfx.export.checkpoints.formats import FORMATS
+
+    if format not in FORMATS:
+        raise PackageError(f"there is no format {format!r}; use {', '.join(format_names())}")
+    write_checkpoint(
+        model,
+        folder,
+        FORMATS[format],
+        report=info.report,
+        example=info.example,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        max_shard_size=shard,
+    )
 
 
 def attach(model: nn.Module, info: Quantized, float_names: set[str]) -> None:
@@ -196,38 +260,6 @@ def _rehearse(made: Path, manifest: Manifest, model: nn.Module) -> ModelEntry:
     return manifest.model
 
 
-def _write_report(made: Path, report: Report) -> None:
-    try:
-        text = report.to_json()
-    except (TypeError, ValueError) as e:  # settings of a step of one's own may be anything
-        raise PackageError(f"the report holds what JSON does not ({one_line(e)}); give steps plain settings") from None
-    (made / REPORT).write_text(text + "\n", encoding="utf-8")
-
-
-def _write_configs(made: Path, model: nn.Module) -> None:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_json_file") and hasattr(config, "architectures"):
-        config = copy.deepcopy(config)
-        config.architectures = [type(model).__name__]
-        config.to_json_file(made / CONFIG)
-    generation: Any = getattr(model, "generation_config", None)
-    if hasattr(generation, "to_json_file"):
-        generation.to_json_file(made / GENERATION)
-
-
-def _write_tokenizer(made: Path, tokenizer: Any) -> None:
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(made)
-    elif tokenizer is not None:
-        source = Path(tokenizer)
-        patterns = ("*token*.json", "*token*.model", "vocab*", "merges*.txt", "*.jinja", "*processor_config.json")
-        found = {p for pattern in (*patterns, "sentencepiece*.model", "spiece.model") for p in source.glob(pattern)}
-        if not found:
-            raise PackageError(f"{source} has no files of a tokenizer; pass the tokenizer itself")
-        for path in found:
-            shutil.copyfile(path, made / path.name)
-
-
 def _device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
@@ -235,22 +267,8 @@ def _device(device: str | torch.device) -> torch.device:
         raise PackageError(f"the device {str(device)!r} is not there ({one_line(e)}); choose another") from None
 
 
-def _read_generation(model: Any, path: Path) -> None:
+def _recipe(said: dict[str, Any]) -> Recipe | None:
     try:
-        model.generation_config = type(model.generation_config).from_pretrained(path)
-    except (OSError, ValueError, TypeError) as e:
-        raise PackageError(f"{GENERATION} cannot be read ({one_line(e)}); save the model again") from None
-
-
-def _report(path: Path) -> Report:
-    try:
-        return Report.from_json((path / REPORT).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise PackageError(f"{REPORT} is not a report ({one_line(e)}); save the model again") from None
-
-
-def _recipe(manifest: Manifest) -> Recipe | None:
-    try:
-        return Recipe.from_dict(manifest.recipe)
+        return Recipe.from_dict(said) if said else None
     except RecipeError:  # a step of the user's own, or of another qfx: no reason not to load the weights
         return None
