@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from torch import nn
 
 from ._manifest import CONFIG, HubEntry, Implementation, ModelEntry, one_line
 from .core.errors import PackageError
+
+METHOD = "qfx"
+"""The quant_method of config.json in a folder of ours, by which transformers finds `qfx.hub`."""
 
 _BUILDING = threading.Lock()
 
@@ -31,8 +35,8 @@ def describe_class(model: nn.Module) -> ModelEntry:
     hub = HubEntry(
         config=type(config).__name__,
         dtype=torch.float32,
-        attn_implementation=_implementation(config, "_attn_implementation"),
-        experts_implementation=_implementation(config, "_experts_implementation"),
+        attn_implementation=implementation(config, "_attn_implementation"),
+        experts_implementation=implementation(config, "_experts_implementation"),
     )
     return ModelEntry(module=cls.__module__, qualname=cls.__qualname__, transformers=hub if known else None)
 
@@ -42,17 +46,18 @@ def _is_hub(transformers: Any, cls: type) -> bool:
     return isinstance(found, type) and issubclass(cls, found) and cls.__module__ == found.__module__
 
 
-def _implementation(config: Any, attribute: str) -> Implementation:
+def implementation(config: Any, attribute: str) -> Implementation:
     """What a config and its sub-configs say of themselves; `to_json_file` leaves it out."""
     said: dict[str, str | None] = {"": getattr(config, attribute, None)}
     for key in getattr(config, "sub_configs", {}):
         if (inner := getattr(config, key, None)) is not None:
-            nested = _implementation(inner, attribute) or {}
+            nested = implementation(inner, attribute) or {}
             said |= {f"{key}.{path}" if path else key: value for path, value in nested.items()}
     return said if any(said.values()) else None
 
 
-def _set_implementation(config: Any, attribute: str, said: Implementation) -> None:
+def set_implementation(config: Any, attribute: str, said: Implementation) -> None:
+    """Gives a config what `implementation` read off another."""
     for path, value in (said or {}).items():  # outer configs come first: setting one sets those inside
         inner = config
         for key in path.split(".") if path else ():
@@ -74,29 +79,69 @@ def build(folder: Path, entry: ModelEntry, dtype: torch.dtype, attn_implementati
 
     hub = entry.transformers
     assert hub is not None
-    cls: Any = getattr(transformers, entry.qualname, None)
-    config_class: Any = getattr(transformers, hub.config, None)
-    for name, found, base in (
-        (entry.qualname, cls, transformers.PreTrainedModel),
-        (hub.config, config_class, transformers.PreTrainedConfig),
-    ):
-        if not isinstance(found, type) or not issubclass(found, base):
-            raise PackageError(
-                f"transformers {transformers.__version__} has no class {name}; install the one that qfx.json names, "
-                "or pass model="
-            )
-    try:
-        config = config_class.from_json_file(str(folder / CONFIG))
+    cls: Any = _class_of(entry.qualname, transformers.PreTrainedModel)
+    with failures(entry):
+        config = read_config(folder, entry)
         attention: Implementation = {"": attn_implementation} if attn_implementation else hub.attn_implementation
-        _set_implementation(config, "_attn_implementation", attention)
-        _set_implementation(config, "_experts_implementation", hub.experts_implementation)
-        with torch.random.fork_rng(devices=[]), _default_dtype(dtype), _parameters_on_meta():
-            return cls(config)
-    except Exception as e:  # whatever a model's own code raises
+        set_implementation(config, "_attn_implementation", attention)
+        set_implementation(config, "_experts_implementation", hub.experts_implementation)
+        with building(dtype):
+            model: nn.Module = cls(config)
+    return model
+
+
+def read_config(folder: Path, entry: ModelEntry) -> Any:
+    """What config.json says, as the model's own config had it: without the mark of `mark_config`."""
+    import transformers
+
+    hub = entry.transformers
+    assert hub is not None
+    found: Any = _class_of(hub.config, transformers.PreTrainedConfig)
+    config = found.from_json_file(str(folder / CONFIG))
+    mark = getattr(config, "quantization_config", None)
+    if isinstance(mark, dict) and mark.get("quant_method") == METHOD:
+        del config.quantization_config
+    return config
+
+
+def mark_config(folder: Path) -> None:
+    """Lets config.json say that the folder is ours; transformers then asks `qfx.hub` to load it."""
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": {"quant_method": METHOD}}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _class_of(name: str, base: type) -> type:
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise PackageError(
+            f"transformers {transformers.__version__} has no class {name}; install the one that qfx.json names, "
+            "or pass model="
+        )
+    return found
+
+
+@contextlib.contextmanager
+def failures(entry: ModelEntry) -> Iterator[None]:
+    """Whatever a model's own code raises while it is built is a PackageError."""
+    try:
+        yield
+    except PackageError:
+        raise
+    except Exception as e:
         raise PackageError(
             f"{entry.qualname} cannot be built from {CONFIG}: {type(e).__name__}: {one_line(e)}; use the versions that "
             "qfx.json names, or attn_implementation='sdpa' if that is what is missing"
         ) from e
+
+
+@contextlib.contextmanager
+def building(dtype: torch.dtype) -> Iterator[None]:
+    """A model that is built here has its parameters on the meta device, and its buffers computed in a dtype."""
+    with torch.random.fork_rng(devices=[]), _default_dtype(dtype), _parameters_on_meta():
+        yield
 
 
 def blank_copy(model: nn.Module, entry: ModelEntry) -> nn.Module:
