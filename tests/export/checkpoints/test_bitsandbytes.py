@@ -13,6 +13,7 @@ from qfx.core.qtensor import QTensor, encode_minmax
 from qfx.core.spec import QSpec, Scheme, parse_scheme
 from qfx.export.checkpoints._format import LinearWeights
 from qfx.export.checkpoints.bitsandbytes import BitsAndBytes
+from qfx.modules.linear import QLinear
 
 FORM = BitsAndBytes()
 TABLES = ["NF4", "NF4_DQ", "NF4_G128", "FP4_BNB", "FP4_BNB_DQ_G32", "FP4_BNB_G256"]
@@ -204,3 +205,16 @@ def test_blocks_across_rows_are_an_error() -> None:
     tensors = made_by_them(torch.randn(4, 96), "nf4", False)
     with pytest.raises(PackageError, match="across rows"):
         FORM.read({"load_in_4bit": True}, "a", tensors, torch.float32)
+
+
+def test_their_int8_product_is_that_of_our_linear() -> None:
+    ours = layer("W8A8")
+    linear, tensors = QLinear.from_qtensor(ours.weight, None, ours.scheme, dtype=torch.float32), FORM.write(ours)
+    x = torch.randn(5, 256).half()  # they cast inputs to float16
+    codes, stats, _ = bnb.int8_vectorwise_quant(x, threshold=0.0)
+    got = bnb.int8_mm_dequant(bnb.int8_linear_matmul(codes, tensors["weight"]), stats, tensors["SCB"]).float()
+    want = linear(x.float())
+    # the same integers; float16 outputs round by 2^-11 (2^-25 below its normal numbers), scales by some 2^-24
+    assert bool(((got - want).abs() <= 2**-11 * 1.001 * want.abs() + 2**-25).all())
+    other = bnb.int8_mm_dequant(bnb.int8_linear_matmul(codes, tensors["weight"]), stats, tensors["SCB"] / 127).float()
+    assert not bool(((other - want).abs() <= 2**-11 * 1.001 * want.abs() + 2**-25).all())
