@@ -12,6 +12,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ._registration import register_with_transformers
+
 if TYPE_CHECKING:
     from .backend import backend
     from .core import errors
@@ -57,3 +59,6 @@ def __getattr__(name: str) -> Any:
     value = home if name == "errors" else getattr(home, name)
     globals()[name] = value
     return value
+
+
+register_with_transformers()

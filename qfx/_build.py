@@ -98,17 +98,36 @@ def read_config(folder: Path, entry: ModelEntry) -> Any:
     assert hub is not None
     found: Any = _class_of(hub.config, transformers.PreTrainedConfig)
     config = found.from_json_file(str(folder / CONFIG))
-    mark = getattr(config, "quantization_config", None)
-    if isinstance(mark, dict) and mark.get("quant_method") == METHOD:
+    if is_marked(vars(config)):
         del config.quantization_config
     return config
 
 
-def mark_config(folder: Path) -> None:
-    """Lets config.json say that the folder is ours; transformers then asks `qfx.hub` to load it."""
+def mark_config(folder: Path, weights: str) -> None:
+    """Lets config.json say that the folder is ours; transformers then asks `qfx.hub` to load it.
+
+    Args:
+        folder: where config.json is.
+        weights: the first file of tensors.
+    """
     path = folder / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": {"quant_method": METHOD}}
+    mark = {"quant_method": METHOD, "weights": weights}
+    config = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": mark}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def is_marked(config: Any) -> bool:
+    """Whether the contents of a config.json have the mark of `mark_config`."""
+    mark = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(mark, dict) and mark.get("quant_method") == METHOD
+
+
+def has_mark(folder: Path) -> bool:
+    """Whether config.json can be read and has the mark."""
+    try:
+        return is_marked(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _class_of(name: str, base: type) -> type:

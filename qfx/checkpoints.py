@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._build import is_marked
 from ._manifest import MANIFEST, one_line
 from .core.errors import QfxError
 
@@ -89,6 +90,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise QfxError(f"model: {path} cannot be read: {one_line(e)}") from None
     if not isinstance(config, dict):
         raise QfxError(f"model: {path} holds no JSON object")
+    if is_marked(config):
+        raise QfxError(
+            f"model: {folder} was saved by qfx, qfx.load('{folder}') loads it; here, start from the float model"
+        )
     if config.get("quantization_config"):
         raise QfxError(f"model: {folder} is quantized already (its {CONFIG} says how); start from the float model")
     return config

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ._build import blank_copy, build, describe_class
+from ._build import blank_copy, build, describe_class, has_mark, mark_config
 from ._folder import describe_files, open_folder, staged
 from ._manifest import FORMAT, GENERATION, Manifest, ModelEntry, one_line, versions
 from ._shards import load_shards, plan_shards, write_shards
@@ -94,6 +94,7 @@ def save(
             write_tokenizer(made, tokenizer)
             write_configs(made, model)
             if manifest.model.transformers:
+                mark_config(made, next(iter(manifest.tensors.values())).file)
                 manifest = manifest.model_copy(update={"model": _rehearse(made, manifest, model)})
             write_report(made, info.report)
             write_shards(made, tensors, manifest.tensors)
@@ -154,7 +155,6 @@ def _load_own(
 ) -> tuple[nn.Module, Quantized, set[str]]:
     manifest = open_folder(path, verify)
     name, hub = manifest.model.qualname, manifest.model.transformers
-    report = read_report(path)
     if model is not None:
         fresh = blank_copy(model, manifest.model)
     elif hub is not None:
@@ -164,19 +164,36 @@ def _load_own(
     if attn_implementation and (model is not None or hub is None):
         raise PackageError("attn_implementation is set where the model is built; drop it, or drop model=")
     names = stored_names(fresh)
+    info = fill(fresh, path, manifest, place)
+    if model is None and GENERATION in manifest.files:
+        read_generation(fresh, path)
+    return fresh, info, names
+
+
+def fill(fresh: nn.Module, path: Path, manifest: Manifest, place: torch.device) -> Quantized:
+    """Makes a float model, whose parameters may be on the meta device, the saved one.
+
+    Args:
+        fresh: of the saved model's class; it is changed.
+        path: the folder.
+        manifest: its manifest.
+        place: where to put the tensors.
+
+    Raises:
+        PackageError: the folder does not hold what the manifest says, or the model does not fit.
+    """
+    report = read_report(path)
     rebuild(fresh, manifest)
     load_shards(fresh, path, manifest, place)
     if differ := restore_derived(fresh, manifest):
         which = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
         warnings.warn(
-            f"load: {path}: buffers that {name} makes by itself differ from the saved model's ({which}); "
-            "outputs may differ, check versions and settings",
-            stacklevel=3,
+            f"load: {path}: buffers that {manifest.model.qualname} makes by itself differ from the saved model's "
+            f"({which}); outputs may differ, check versions and settings",
+            stacklevel=4,
         )
     fresh.to(place)
-    if model is None and GENERATION in manifest.files:
-        read_generation(fresh, path)
-    return fresh, Quantized(report, _recipe(manifest.recipe), manifest.example), names
+    return Quantized(report, _recipe(manifest.recipe), manifest.example)
 
 
 def format_names() -> list[str]:
@@ -190,7 +207,7 @@ def is_checkpoint(path: Path) -> bool:
     """Whether a folder has a quantized model in the format of another tool."""
     from qfx.export.checkpoints.reading import is_checkpoint as found
 
-    return found(path)
+    return found(path) and not has_mark(path)  # a folder of ours without qfx.json is damaged
 
 
 def _load_foreign(

@@ -242,8 +242,6 @@ def test_transformers_does_not_save_what_it_would_load_wrong(quantized: Callable
     for one in (model, copy.deepcopy(model), qfx.load(tmp_path / "saved")):
         with pytest.raises(qfx.errors.PackageError, match=r"use qfx.save\(model, folder\)"):
             one.save_pretrained(tmp_path / "wrong")
-    with pytest.raises(OSError, match="no file named"):
-        type(model).from_pretrained(tmp_path / "saved")
     # a model that keeps its form after folds is an ordinary checkpoint
     plain, inputs = ZOO["qwen2"].load()
     folded = qfx.quantize(plain, {"schemes": {}, "steps": ["smoothquant"]}, [inputs], progress=False)
