@@ -18,7 +18,7 @@ E4M3, E5M2, INT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2, ir.DataType
 TINY = float(np.finfo(np.float32).tiny)
 
 
-def qdq_int8(emit: Emit, unsigned: bool = False) -> ir.Value:
+def qdq_int8(emit: Emit, unsigned: bool = False, narrow: bool = True) -> ir.Value:
     """`MatMul(DQ(Q(x)), DQ(W))`: static inputs of 8 bits; a scale, and a zero point, for each output of W.
 
     On a matrix, ONNX Runtime would first make a float Gemm of the product and its bias: it gets a third axis.
@@ -27,6 +27,7 @@ def qdq_int8(emit: Emit, unsigned: bool = False) -> ir.Value:
         emit: the linear.
         unsigned: store signed codes as uint8 with the zero point 128. ONNX Runtime's products of uint8 and int8
             saturate in 16 bits on x86 CPUs without VNNI (errors of 10 % were measured); those of uint8 are exact.
+        narrow: cut off what a narrow grid does not hold, since QuantizeLinear would use the code -128.
     """
     layer = emit.layer
     x, flat = _at_least_3d(emit)
@@ -36,7 +37,7 @@ def qdq_int8(emit: Emit, unsigned: bool = False) -> ir.Value:
     def quantize() -> ir.Value:
         s = emit.const("input_scale", np.asarray(scale, emit.numpy))
         z = emit.const("input_zero", np.asarray(zero + shift, kind.numpy()))
-        q = emit("QuantizeLinear", x, s, z, to=kind, like=x)
+        q = emit("QuantizeLinear", _cut(emit, x, scale) if narrow else x, s, z, to=kind, like=x)
         return emit("DequantizeLinear", q, s, z, to=emit.type, like=x)
 
     xd = emit.once(("qdq", flat, scale, zero, kind), quantize)
@@ -61,7 +62,7 @@ def integer_static(emit: Emit, unsigned: bool = False) -> ir.Value:
     def quantize() -> tuple[ir.Value, ir.Value]:
         s = emit.const("input_scale", np.asarray(rounded, emit.numpy))
         z = emit.const("input_zero", np.asarray(zero + shift, kind.numpy()))
-        return emit("QuantizeLinear", emit.x, s, z, to=kind, like=emit.x), z
+        return emit("QuantizeLinear", _cut(emit, emit.x, rounded), s, z, to=kind, like=emit.x), z
 
     xq, z = emit.once(("q", scale, zero), quantize)
     y = _integer_product(emit, xq, z, unsigned)
@@ -209,6 +210,15 @@ def _signed(emit: Emit) -> bool:
     x = emit.layer.scheme.input
     assert x is not None and isinstance(x.grid, Int)
     return x.grid.signed
+
+
+def _cut(emit: Emit, x: ir.Value, scale: float) -> ir.Value:
+    """The input without values below the lowest code of a narrow grid."""
+    grid = emit.layer.scheme.input.grid  # type: ignore[union-attr]
+    if not (isinstance(grid, Int) and grid.narrow):
+        return x
+    least = emit.const("input_least", np.asarray(grid.lo * scale, emit.numpy))
+    return emit("Clip", x, least, to=emit.type, like=x)
 
 
 def _codes_of_input(emit: Emit, unsigned: bool) -> tuple[ir.DataType, int]:

@@ -184,7 +184,8 @@ def _int8(layer: Layer, target: str, dtype: str) -> Choice | Refusal:
     if target == "tensorrt":
         if not x.symmetric:
             return Refusal("TensorRT takes no zero points", "W8A8_STATIC")
-        return Choice(patterns.qdq_int8, layer, "", note=note)
+        # a Clip in front of Q would keep TensorRT from fusing it with what comes before: it uses the code -128, too
+        return Choice(patterns.qdq_int8, layer, "", {"narrow": False}, note)
     # elsewhere, and in float16 on a CPU, a product between Q and DQ is computed in float
     return Choice(patterns.integer_static, layer, "MatMulInteger", unsigned, note)
 

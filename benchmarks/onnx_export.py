@@ -1,0 +1,248 @@
+"""Quantized ONNX in ONNX Runtime beside the quantized models that it came from: the tables of docs/onnx.md.
+
+    python benchmarks/onnx_export.py matrix [--only llama]
+    python benchmarks/onnx_export.py models MODEL_DIR ... --text test.txt --calibration valid.txt [--max-windows N]
+    python benchmarks/onnx_export.py markdown docs/onnx.md
+
+`matrix`: every scheme for every target on tiny random models of six architectures, float parts in the target's dtype.
+`models`: perplexity of whole models by both, greedy generation with the cache, sizes and fused ops.
+Results go to benchmarks/results/onnx.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qfx
+import qfx.export
+from qfx.core.errors import QfxError
+from qfx.data import text_batches
+from qfx.evaluate import perplexity
+
+RESULTS = Path("benchmarks/results/onnx.json")
+TARGETS = ("ort-cpu", "ort-cuda", "tensorrt")
+TINY = ("llama", "opt", "qwen2", "qwen3", "gpt2", "bert", "vit")
+SCHEMES = (
+    "W8A8_STATIC",
+    "W8A8_STATIC_ASYM",
+    "W8A8",
+    "W8A16",
+    "W8A16_G32",
+    "W4A16_G32",
+    "W4A16_ASYM_G32",
+    "W4A16_CHANNEL",
+    "W3A16_G32",
+    "W2A16_ASYM_G32",
+    "FP8",
+    "FP8_DYNAMIC",
+    "NF4_G32",
+    "NF4_DQ_G32",
+    "FP4_G32",
+    "W4A8_G32",
+)
+MIXED = "mixed: W8A8_STATIC, down W4A16_G32"
+WHOLE = {
+    "W8A8_STATIC, SmoothQuant": {"schemes": {"*": "W8A8_STATIC"}, "steps": ["smoothquant"]},
+    "W8A8_STATIC_ASYM, OS+": {"schemes": {"*": "W8A8_STATIC_ASYM"}, "steps": ["outlier_suppression_plus"]},
+    "W8A8, SmoothQuant": {"schemes": {"*": "W8A8"}, "steps": ["smoothquant"]},
+    "W8A16": {"schemes": {"*": "W8A16"}},
+    "W4A16, GPTQ act_order": {"schemes": {"*": "W4A16"}, "steps": [{"gptq": {"act_order": True}}]},
+    "W4A16_ASYM, GPTQ": {"schemes": {"*": "W4A16_ASYM"}, "steps": ["gptq"]},
+    "NF4": {"schemes": {"*": "NF4"}},
+    "FP8": {"schemes": {"*": "FP8"}},
+}
+NEW = 24
+"""Tokens that are generated."""
+
+
+def main() -> None:
+    """Runs one of the parts."""
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("part", choices=("matrix", "models", "markdown"))
+    ap.add_argument("paths", nargs="*")
+    ap.add_argument("--only", default="")
+    ap.add_argument("--text")
+    ap.add_argument("--calibration")
+    ap.add_argument("--max-windows", type=int)
+    a = ap.parse_args()
+    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if a.part == "matrix":
+        _save(stored, "matrix", {**stored.get("matrix", {}).get("rows", {}), **matrix(a.only)})
+    elif a.part == "models":
+        if not (a.text and a.calibration and a.paths):
+            raise SystemExit("onnx_export: models needs folders, --text and --calibration")
+        rows = stored.get("models", {}).get("rows", {})
+        for folder in a.paths:
+            rows |= {f"{Path(folder).name} | {k}": v for k, v in whole(folder, a).items()}
+            _save(stored, "models", rows, windows=a.max_windows or "all")
+    else:
+        for page in map(Path, a.paths):
+            page.write_text(_put(page.read_text(), stored))
+
+
+def matrix(only: str) -> dict[str, Any]:
+    """Relative differences, or refusals, of every tiny model, scheme and target."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from tests.zoo import ZOO
+
+    found: dict[str, Any] = {}
+    for name in TINY:
+        if only and name not in only.split(","):
+            continue
+        model, example = ZOO[name].load()
+        for label in (*SCHEMES, MIXED):
+            schemes = {"*": "W8A8_STATIC", "*down_proj": "W4A16_G32", "*fc2": "W4A16_G32"} if label == MIXED else None
+            if label == MIXED and name not in ("llama", "opt", "qwen2", "qwen3"):
+                continue
+            wanted = {k: v for k, v in (schemes or {"*": label}).items() if _matches(model, k)}
+            q = qfx.quantize(model, {"schemes": wanted, "ignore": ["@head"]}, [example], progress=False)
+            for target in TARGETS:
+                with tempfile.TemporaryDirectory() as made:
+                    row = found[f"{name} | {label} | {target}"] = _one(q, example, Path(made) / "out", target)
+                print(f"{name:8} {label:36} {target:9} {row}", flush=True)
+    return found
+
+
+def _matches(model: torch.nn.Module, pattern: str) -> bool:
+    return any(name.endswith(pattern.lstrip("*")) for name, _ in model.named_modules())
+
+
+def _one(q: Any, example: dict[str, torch.Tensor], folder: Path, target: str) -> dict[str, Any]:
+    try:
+        done = qfx.export.onnx(q, folder, target=target, example=example, cache=False)
+    except QfxError as e:
+        text = str(e)
+        if "does not take this model" not in text:
+            raise
+        return {"refused": text.partition(": ")[2].rpartition(": ")[2]}
+    graph = done.graphs[0]
+    return {"error": graph.error, "expected": graph.expected, "dtype": done.dtype, "notes": done.notes}
+
+
+def whole(folder: str, a: argparse.Namespace) -> dict[str, Any]:
+    """One trained model with every recipe on ONNX Runtime's CPU."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    batches = text_batches(a.calibration, tokenizer, sequence=256, samples=64, batch_size=8)
+    settings: dict[str, Any] = {"window": 512, "overlap_one": True, "max_windows": a.max_windows, "batch_size": 4}
+    rows = {}
+    for name, recipe in WHOLE.items():
+        if a.only not in name:
+            continue
+        q = qfx.quantize(model, {**recipe, "ignore": ["@head"]}, batches, progress=False)
+        with tempfile.TemporaryDirectory() as made:
+            done = qfx.export.onnx(q, Path(made) / "out", tokenizer=tokenizer)
+            ort = qfx.export.OnnxModel(done.folder)
+            times = {}
+            values = {}
+            for who, what in (("qfx", q), ("ort", ort)):
+                began = time.perf_counter()
+                values[who] = perplexity(what, a.text, tokenizer, progress=False, **settings).value
+                times[who] = time.perf_counter() - began
+            prompt = batches[0]["input_ids"][:1, :16]
+            want = q.generate(prompt, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+            got = ort.generate(prompt, NEW)
+            rows[name] = {
+                "perplexity": values,
+                "change": values["ort"] / values["qfx"] - 1,
+                "seconds": times,
+                "same_tokens": int((want[0, 16:] == got[0, 16:]).sum()),
+                "tokens": NEW,
+                "expected": done.graphs[0].expected,
+                "linears": len(done.layers),
+                "error": done.graphs[0].error,
+                "bytes": done.bytes,
+                "bytes_qfx": q.qfx.report.bytes_after,
+            }
+        print(f"{Path(folder).name} {name}: {rows[name]}", flush=True)
+    return rows
+
+
+def _save(stored: dict[str, Any], part: str, rows: dict[str, Any], **more: Any) -> None:
+    import onnxruntime
+    import transformers
+
+    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    versions |= {"transformers": transformers.__version__, "qfx": qfx.__version__}
+    stored[part] = {
+        "hardware": _cpu(),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+        **more,
+        "rows": rows,
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return f"{name}, {torch.get_num_threads()} threads, {'with' if 'vnni' in flags else 'without'} VNNI"
+
+
+def _put(page: str, stored: dict[str, Any]) -> str:
+    for part, table in (("matrix", _matrix_table), ("models", _models_table)):
+        begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
+        before, found, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not (found and ended):
+            raise SystemExit(f"onnx_export: the page has no {begin} ... {end}")
+        made = stored[part]
+        versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+        head = f"{made['hardware']}; {versions}; {made['date']}."
+        page = before + "\n".join([begin, head, "", *table(made["rows"]), end]) + after
+    return page
+
+
+def _matrix_table(rows: dict[str, Any]) -> list[str]:
+    """Schemes by targets: the worst model's difference, or why the target refuses."""
+    lines = ["| scheme | " + " | ".join(TARGETS) + " |", "|---" * (len(TARGETS) + 1) + "|"]
+    for label in (*SCHEMES, MIXED):
+        cells = []
+        for target in TARGETS:
+            found = [v for k, v in rows.items() if k.endswith(f"| {label} | {target}")]
+            errors = [v["error"] for v in found if v.get("error") is not None]
+            refused = sorted({v["refused"] for v in found if "refused" in v})
+            ops = sorted({op for v in found if "expected" in v for op in v["expected"]})
+            text = f"{max(errors):.1e} ({len(errors)})" if errors else ""
+            unrun = sum(1 for v in found if "error" in v and v["error"] is None)
+            text += f" written, no CPU kernel ({unrun})" if unrun else ""
+            text += f" {', '.join(ops)}" if ops else ""
+            text += f" refused ({sum('refused' in v for v in found)}): {refused[0]}" if refused else ""
+            cells.append(text.strip())
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _models_table(rows: dict[str, Any]) -> list[str]:
+    head = (
+        "| model | recipe | perplexity, qfx | ONNX Runtime | change | same tokens | nodes | bytes / qfx's | s / qfx's |"
+    )
+    lines = [head, "|---" * 9 + "|"]
+    for key, v in rows.items():
+        model, recipe = key.split(" | ")
+        ops = ", ".join(f"{n} {op}" for op, n in v["expected"].items()) or "-"
+        lines.append(
+            f"| {model} | {recipe} | {v['perplexity']['qfx']:.4f} | {v['perplexity']['ort']:.4f} | "
+            f"{100 * v['change']:+.3f} % | {v['same_tokens']} of {v['tokens']} | {ops} of {v['linears']} | "
+            f"{v['bytes'] / v['bytes_qfx']:.3f} | {v['seconds']['ort'] / v['seconds']['qfx']:.2f} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
