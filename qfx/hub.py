@@ -104,6 +104,7 @@ class QfxQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from ._folder import open_folder
+        from .package import find_device
 
         files = kwargs.get("checkpoint_files") or [""]
         self.folder = Path(files[0]).parent
@@ -114,7 +115,7 @@ class QfxQuantizer(HfQuantizer):  # type: ignore[misc]
                 _refuse("use_kernels=True would replace modules; qfx.lower does what it is for, leave it out")
             if getattr(model.config, "distributed_config", None) is not None:
                 _refuse("it is loaded to one device, not distributed; leave out distributed_config and tp_plan")
-        place = torch.empty(0, device=(kwargs.get("device_map") or {"": "cpu"})[""], dtype=torch.uint8).device
+            place = find_device((kwargs.get("device_map") or {"": "cpu"})[""])
         self._pending = manifest, place, set(model.state_dict())
         _empty(model)
 
@@ -165,9 +166,9 @@ def _check_class(model: Any, manifest: Manifest) -> None:
         )
 
 
-def _restore_dtype(config: Any, stored: Any, folder: Path) -> None:
+def _restore_dtype(config: Any, stored: Any, folder: Path, manifest: Manifest) -> None:
     """Lets a config and those in it say what they said when they were saved; the dtypes of tensors are in qfx.json."""
-    if config.dtype != (stored.dtype or _UNSAID):
+    if config.dtype not in {stored.dtype or _UNSAID, *(tensor.dtype for tensor in manifest.tensors.values())}:
         warnings.warn(
             f"from_pretrained: {folder}: dtype={config.dtype} is not used, a quantized model keeps the dtypes that it "
             "was saved with; cast the float model before qfx.quantize",
@@ -206,7 +207,9 @@ def _fill(model: Any, folder: Path, manifest: Manifest, place: Any, names: set[s
         if name in vars(config):
             delattr(config, name)
     with failures(manifest.model):
-        _restore_dtype(config, read_config(folder, manifest.model), folder)
+        stored = read_config(folder, manifest.model)
+    _restore_dtype(config, stored, folder, manifest)
+    with failures(manifest.model):
         for name, saved in (
             ("_attn_implementation", hub.attn_implementation),
             ("_experts_implementation", hub.experts_implementation),

@@ -133,7 +133,7 @@ def load(
     """
     path = Path(folder)
     try:
-        place = _device(device)
+        place = find_device(device)
         fresh, info, names = (_load_foreign if is_checkpoint(path) else _load_own)(
             path, model, place, verify, attn_implementation
         )
@@ -277,7 +277,8 @@ def _rehearse(made: Path, manifest: Manifest, model: nn.Module) -> ModelEntry:
     return manifest.model
 
 
-def _device(device: str | torch.device) -> torch.device:
+def find_device(device: str | int | torch.device) -> torch.device:
+    """The device that is meant, with its index; PackageError if this machine has none such."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e:
