@@ -174,7 +174,7 @@ def _weight(args: Mapping[str, Any]) -> QSpec:
     size, strategy = args.get("group_size"), args.get("strategy")
     if strategy is None:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
-    blocks = {"tensor": (-1, -1), "channel": (1, -1), "group": (1, size)}
+    blocks: dict[Any, Any] = {"tensor": (-1, -1), "channel": (1, -1), "group": (1, size)}
     if strategy not in blocks or (strategy == "group" and not (isinstance(size, int) and size > 0)):
         raise PackageError(f"weights have the strategy {strategy!r} (group_size {size}); qfx reads {', '.join(blocks)}")
     bits, symmetric = args.get("num_bits", 8), args.get("symmetric", True)

@@ -53,7 +53,11 @@ class Format(Protocol):
         ...
 
     def config(self, layers: Sequence[LinearWeights], floats: Sequence[str]) -> dict[str, Any]:
-        """`quantization_config` of the whole model; `floats` are the paths of linears that stay in float.
+        """`quantization_config` of the whole model.
+
+        Args:
+            layers: every quantized linear; their tensors are on the meta device, with shapes and dtypes alone.
+            floats: the paths of linears that stay in float, and of routers.
 
         Raises:
             PackageError: the layers cannot stand in one checkpoint of this format.

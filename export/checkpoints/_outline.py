@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qfx._tree import Named, named_tensors, tree_of
 from qfx.core.errors import PackageError
 from qfx.core.online import Online
+from qfx.core.qtensor import QTensor
 from qfx.core.shifted import Shifted
 from qfx.core.spec import scheme_label
 from qfx.export.checkpoints._format import Format, LinearWeights
@@ -25,11 +26,14 @@ class Outline(NamedTuple):
     Attributes:
         linears: every quantized linear under every path at which it stands.
         layers: the same as `LinearWeights` on the meta device.
-        tensors: all that is stored, by its name in the checkpoint; values are computed when they are asked for.
+        leaves: names of the tensors that the format makes of each, below its path.
+        tensors: all that is stored, by its name in the checkpoint. What the format makes is a blank on the meta device
+            and computed when it is asked for; it alone has a `make`.
     """
 
     linears: dict[str, QLinear]
     layers: dict[str, LinearWeights]
+    leaves: dict[str, set[str]]
     tensors: dict[str, Named]
 
 
@@ -43,21 +47,21 @@ def outline(model: nn.Module, form: Format) -> Outline:
     linears = {path: m for path, m in tree_of(model) if isinstance(m, QLinear)}
     if not linears:
         raise PackageError("the model has no quantized linears; use its own save_pretrained")
-    layers, tensors, writer = {}, {}, _Writer(form, linears)
-    for path, module in linears.items():
-        layer = linear_weights(path, module)
-        if reason := form.refuses(layer):
-            raise PackageError(f"{path} ({scheme_label(layer.scheme)}): {reason}; or format='qfx'")
-        layers[path] = _on_meta(layer)
-        for leaf, tensor in form.write(layer).items():
+    layers, leaves, tensors, writer = {}, {}, {}, _Writer(form, linears)
+    # no tensor is made while large ones come and go: small blocks between them would keep their memory from the next
+    forms = {path: _forms(path, module, form) for path, module in linears.items()}
+    for path, (layer, made) in forms.items():
+        layers[path] = _blank_layer(path, linears[path], layer)
+        leaves[path] = set(made)
+        for leaf, like in made.items():
             name = f"{path}.{leaf}"
-            tensors[name] = Named(name, "parameter", True, tensor.to("meta"), writer.maker(path, leaf))
+            tensors[name] = Named(name, "parameter", True, like.blank(), partial(writer.get, path, leaf))
     for found in named_tensors(model):
         if found.stored and found.name.rpartition(".")[0] not in linears:
             if found.tensor.is_meta:
                 raise PackageError(f"{found.name} is on the meta device and has no values; load the weights first")
             tensors[found.name] = found
-    return Outline(linears, layers, tensors)
+    return Outline(linears, layers, leaves, tensors)
 
 
 def linear_weights(path: str, module: QLinear) -> LinearWeights:
@@ -80,27 +84,41 @@ class _Writer:
         self._form, self._linears, self._path = form, linears, ""
         self._held: dict[str, Tensor] = {}
 
-    def maker(self, path: str, leaf: str) -> _Leaf:
-        return _Leaf(self, path, leaf)
-
     def get(self, path: str, leaf: str) -> Tensor:
         if self._path != path:
             self._path, self._held = path, self._form.write(linear_weights(path, self._linears[path]))
         return self._held[leaf]
 
 
-class _Leaf(NamedTuple):
-    writer: _Writer
-    path: str
-    leaf: str
+class _Like(NamedTuple):
+    """The form of a tensor."""
 
-    def __call__(self) -> Tensor:
-        return self.writer.get(self.path, self.leaf)
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def blank(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def _on_meta(layer: LinearWeights) -> LinearWeights:
-    found = {k: v.to("meta") for k, v in vars(layer).items() if isinstance(v, Tensor)}
-    return replace(layer, weight=layer.weight.to("meta"), **found)
+def _forms(path: str, module: QLinear, form: Format) -> tuple[dict[str, _Like], dict[str, _Like]]:
+    """Of the tensors of a linear, and of those that the format makes of it."""
+    if module.device.type == "meta":
+        raise PackageError(f"{path} is on the meta device and has no values; load the weights first")
+    layer = linear_weights(path, module)
+    if reason := form.refuses(layer):
+        raise PackageError(f"{path} ({scheme_label(layer.scheme)}): {reason}; or format='qfx'")
+    return _like(vars(layer.weight) | vars(layer)), _like(form.write(layer))
+
+
+def _like(values: Mapping[str, Any]) -> dict[str, _Like]:
+    return {k: _Like(v.dtype, tuple(v.shape)) for k, v in values.items() if isinstance(v, Tensor)}
+
+
+def _blank_layer(path: str, module: QLinear, likes: dict[str, _Like]) -> LinearWeights:
+    blank = {name: like.blank() for name, like in likes.items()}
+    inner = {key: blank.pop(key, None) for key in ("codes", "scale", "zero", "g_idx")}
+    weight = QTensor(**inner, spec=module.scheme.weight)  # type: ignore[arg-type]
+    return LinearWeights(path, weight, module.scheme, module.dtype, **blank)
 
 
 def _check(model: nn.Module) -> None:

@@ -91,24 +91,25 @@ def compare(fresh: nn.Module, found: Outline, form: Format, config: Mapping[str,
                 f"{path} has {'no' if layer.bias is None else 'a'} bias, which {cls} builds differently: a fold added "
                 "it; use format='qfx', or a recipe without shifts"
             )
-        written = {name.removeprefix(f"{path}.") for name in found.tensors if name.rpartition(".")[0] == path}
-        if strange := sorted(written - set(form.leaves(config, path) or ())):
+        if strange := sorted(found.leaves[path] - set(form.leaves(config, path) or ())):
             raise PackageError(f"{path}: {form.name} has no place for {strange[0]}; use format='qfx'")
     for path, linear in fresh.named_modules():
         if isinstance(linear, nn.Linear) and path not in found.linears and form.leaves(config, path) is not None:
             raise PackageError(f"{path} stays in float, {form.name} would have it quantized; use format='qfx'")
-    ours, theirs = (
-        {f.name: list(f.tensor.shape) for f in tensors if f.stored and f.name.rpartition(".")[0] not in found.linears}
-        for tensors in (found.tensors.values(), named_tensors(fresh))
-    )
+    ours = {name: list(held.tensor.shape) for name, held in found.tensors.items() if held.make is None}
+    theirs = {
+        held.name: list(held.tensor.shape)
+        for held in named_tensors(fresh)
+        if held.stored and held.name.rpartition(".")[0] not in found.linears
+    }
     if differ := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         name = differ[0]
         raise PackageError(
             f"{name} is {ours.get(name, 'missing')}, {cls} builds {theirs.get(name, 'none')}; make model.config say "
             "what the model is, or use format='qfx'"
         )
-    if name := renamed(fresh, found.tensors):
-        raise PackageError(f"transformers stores {name} under another name; use format='qfx'")
+    if (taken := renamed(fresh, found.tensors)) is not None:
+        raise PackageError(f"transformers stores {taken} under another name; use format='qfx'")
 
 
 def _linear(fresh: nn.Module, path: str) -> nn.Linear:

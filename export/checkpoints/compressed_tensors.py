@@ -98,7 +98,7 @@ class CompressedTensors:
         if group is None:
             return None
         w, x = group.scheme.weight, group.scheme.input
-        held = ("weight_packed", "weight_shape") if group.layout == PACKED else ("weight",)
+        held: tuple[str, ...] = ("weight_packed", "weight_shape") if group.layout == PACKED else ("weight",)
         held += ("weight_scale",)
         held += () if w.symmetric else ("weight_zero_point",)
         held += ("weight_g_idx",) if group.g_idx else ()

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from qfx._build import build
+from qfx._build import METHOD, build
 from qfx._folder import EXPORTED, check_files, exported_files
 from qfx._manifest import CONFIG, GENERATION, MANIFEST, REPORT, HubEntry, ModelEntry, one_line
 from qfx._shards import put_tensor
@@ -47,7 +47,9 @@ class Read(NamedTuple):
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder has a quantized model that is not in qfx's own format."""
-    return not (folder / MANIFEST).is_file() and bool(_json(folder / CONFIG).get("quantization_config"))
+    settings = _json(folder / CONFIG).get("quantization_config")
+    own = isinstance(settings, dict) and settings.get("quant_method") == METHOD
+    return bool(settings) and not own and not (folder / MANIFEST).is_file()
 
 
 def read_checkpoint(
