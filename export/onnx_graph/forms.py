@@ -139,7 +139,11 @@ def _plain(model: nn.Module, example: Mapping[str, Tensor]) -> Form:
     found = _named(model(**example, **settings))
     inputs = {k: _at_least_two(v) for k, v in example.items()}
     names = list(inputs)
-    dims = {k: ({0: BATCH, 1: SEQUENCE} if v.dim() == 2 else {0: BATCH}) for k, v in inputs.items()}
+    # of what is not tokens, only the batch varies
+    dims = {
+        k: {0: BATCH, 1: SEQUENCE} if v.dim() == 2 and not v.is_floating_point() else {0: BATCH}
+        for k, v in inputs.items()
+    }
     return Form(MODEL, lambda m: _Plain(m, names, list(found), settings), inputs, list(found), dims, len(names))
 
 

@@ -51,9 +51,23 @@ def write(
     Raises:
         PackageError: what was made is not right: it says what, and nothing stays.
     """
+    graph = capture(model, form, getattr(torch, done.dtype), done.opset)
+    return write_captured(graph, made, model, form, choices, done, names, check)
+
+
+def write_captured(
+    graph: ir.Model,
+    made: Path,
+    model: nn.Module,
+    form: Form,
+    choices: Mapping[str, Choice],
+    done: OnnxExport,
+    names: tuple[str, ...],
+    check: bool,
+) -> Graph:
+    """The same for a graph that is captured already; it is lowered in place."""
     from qfx.export.onnx_graph.write import Graph
 
-    graph = capture(model, form, getattr(torch, done.dtype), done.opset)
     inside = _called(graph)
     lowered = lower(graph, {n: c for n, c in choices.items() if n in inside}, done.dtype)
     expected = lowered.expected()

@@ -160,15 +160,16 @@ def qdq_fp8(emit: Emit) -> ir.Value:
     """`MatMul(DQ(Q(x)), DQ(W))` in float8, with one scale for all of x and one for W or for each output."""
     layer = emit.layer
     kind = E4M3 if layer.scheme.weight.grid.man == 3 else E5M2  # type: ignore[union-attr]
+    x, flat = _at_least_3d(emit)
     scale, _ = input_range(layer)
 
     def quantize() -> ir.Value:
         s = emit.const("input_scale", np.asarray(scale, emit.numpy))
         z = emit.const("input_zero", np.zeros((), kind.numpy()))
-        q = emit("QuantizeLinear", emit.x, s, z, to=kind, like=emit.x, saturate=1)
-        return emit("DequantizeLinear", q, s, z, to=emit.type, like=emit.x)
+        q = emit("QuantizeLinear", x, s, z, to=kind, like=x, saturate=1)
+        return emit("DequantizeLinear", q, s, z, to=emit.type, like=x)
 
-    xd = emit.once(("fp8", scale, kind), quantize)
+    xd = emit.once(("fp8", flat, scale, kind), quantize)
     weight = emit.lazy("weight", kind, (layer.K, layer.N), lambda: _t(float8(layer)))
     if layer.scheme.weight.block[0] == -1:
         s = emit.lazy("weight_scale", emit.type, (), lambda: layer.row_scales(emit.numpy)[0].reshape(()))
@@ -176,7 +177,8 @@ def qdq_fp8(emit: Emit) -> ir.Value:
     else:
         s = emit.lazy("weight_scale", emit.type, (layer.N,), lambda: layer.row_scales(emit.numpy))
         wd = emit("DequantizeLinear", weight, s, to=emit.type, axis=1)
-    return _biased(emit, emit("MatMul", xd, wd, to=emit.type))
+    y = _biased(emit, emit("MatMul", xd, wd, to=emit.type))
+    return emit("Squeeze", y, emit.axes(0), to=emit.type) if flat else y
 
 
 FP8_BLOCK = 128
