@@ -73,7 +73,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a saved model in the output folder.")] = False,
     format: Annotated[
-        str, typer.Option(help="qfx, or for other engines: compressed-tensors, gptq, awq or bitsandbytes.")
+        str, typer.Option(help="qfx, or for other engines: compressed-tensors, gptq, gptq_v2, awq or bitsandbytes.")
     ] = "qfx",
     resume: Annotated[
         Path | None,

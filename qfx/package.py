@@ -61,8 +61,9 @@ def save(
     Args:
         model: any model with `.qfx`.
         folder: where to. What is there is replaced if `save` wrote it.
-        format: "qfx" holds every model and scheme, bit for bit. "compressed-tensors", "gptq", "awq" and "bitsandbytes"
-            are Hugging Face folders for other engines; what they do not hold is an error, before anything is written.
+        format: "qfx" holds every model and scheme, bit for bit. "compressed-tensors", "gptq", "gptq_v2", "awq" and
+            "bitsandbytes" are Hugging Face folders for other engines; what they do not hold is an error, before
+            anything is written.
         tokenizer: anything with `save_pretrained`, or the path of a folder to copy the tokenizer's files from.
         overwrite: False raises if there is a saved model.
         max_shard_size: the largest size of a file of tensors, in bytes or as "4GB".

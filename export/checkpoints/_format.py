@@ -43,7 +43,7 @@ class Format(Protocol):
     """One checkpoint format.
 
     Attributes:
-        name: as `qfx.save(format=...)` and `quantization_config["quant_method"]` have it.
+        name: as `qfx.save(format=...)` has it.
     """
 
     name: str

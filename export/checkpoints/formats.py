@@ -1,4 +1,4 @@
-"""The formats that `qfx.save(format=...)` writes and `qfx.load` reads, by the name that `quant_method` has."""
+"""The formats that `qfx.save(format=...)` writes and `qfx.load` reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from qfx.export.checkpoints._format import Format
 from qfx.export.checkpoints.awq import Awq
 from qfx.export.checkpoints.bitsandbytes import BitsAndBytes
 from qfx.export.checkpoints.compressed_tensors import CompressedTensors
-from qfx.export.checkpoints.gptq import Gptq
+from qfx.export.checkpoints.gptq import V2, Gptq
 
-FORMATS: dict[str, Format] = {form.name: form for form in (CompressedTensors(), Gptq(), Awq(), BitsAndBytes())}
+METHODS: dict[str, Format] = {form.name: form for form in (CompressedTensors(), Gptq(), Awq(), BitsAndBytes())}
+"""What `read` is called on, by the `quant_method` of a config."""
+FORMATS: dict[str, Format] = {**METHODS, V2: Gptq(V2)}
+"""What `save` writes, by name. The second version of gptq has the `quant_method` of the first."""

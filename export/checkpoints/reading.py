@@ -25,7 +25,7 @@ from qfx.core.spec import scheme_label
 from qfx.export.checkpoints._format import LinearWeights
 from qfx.export.checkpoints._rehearse import tied
 from qfx.export.checkpoints._stored import Stored
-from qfx.export.checkpoints.formats import FORMATS
+from qfx.export.checkpoints.formats import METHODS
 from qfx.modules.linear import QLinear
 
 
@@ -69,8 +69,8 @@ def read_checkpoint(
     config = _json(folder / CONFIG)
     settings: dict[str, Any] = config["quantization_config"]
     method = settings.get("quant_method")
-    if (form := FORMATS.get(str(method))) is None:
-        raise PackageError(f"{CONFIG} has the quant_method {method!r}; qfx reads {', '.join(FORMATS)}")
+    if (form := METHODS.get(str(method))) is None:
+        raise PackageError(f"{CONFIG} has the quant_method {method!r}; qfx reads {', '.join(METHODS)}")
     ours = _json(folder / EXPORTED)
     if ours:
         check_files(folder, exported_files(folder), verify)

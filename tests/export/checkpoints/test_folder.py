@@ -347,6 +347,21 @@ def test_the_other_formats_go_through_the_same_door(form: str, scheme: str, tmp_
     assert torch.equal(logits(qfx.load(folder), inputs), logits(model, inputs))
 
 
+def test_zero_points_of_0_are_saved_in_the_second_version_of_gptq(tmp_path: Path) -> None:
+    model, inputs = copy.deepcopy(quantized("llama", "W4A16_ASYM_G16")), inputs_of("llama")
+    model.model.layers[1].mlp.up_proj.weight_zero[3, 1] = 0
+    with pytest.raises(PackageError, match="use format='gptq_v2'"):
+        qfx.save(model, tmp_path / "out", format="gptq")
+    qfx.save(model, tmp_path / "out", format="gptq_v2")
+    settings = config_of(tmp_path / "out")["quantization_config"]
+    assert (settings["quant_method"], settings["checkpoint_format"]) == ("gptq", "gptq_v2")
+    assert torch.equal(logits(qfx.load(tmp_path / "out"), inputs), logits(model, inputs))
+    change = {"quantization_config": {**settings, "quant_method": "gptq_v2"}}
+    edit_config(tmp_path / "out", change)  # no reader knows such a method
+    with pytest.raises(PackageError, match="quant_method 'gptq_v2'; qfx reads"):
+        qfx.load(tmp_path / "out", verify=False)
+
+
 def test_an_unknown_format_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PackageError, match=r"no format 'gguf'; use qfx, compressed-tensors"):
         qfx.save(quantized("llama", "W8A8"), tmp_path / "out", format="gguf")
