@@ -1,4 +1,4 @@
-"""The command `qfx`: quantize, eval, explain, inspect, recipes.
+"""The command `qfx`: quantize, eval, export, explain, inspect, recipes.
 
 torch and transformers are imported inside the commands, so that `qfx --help` comes at once.
 """
@@ -111,7 +111,7 @@ def quantize(
 @app.command(name="eval")
 def evaluate(
     model_dir: Annotated[
-        Path, typer.Argument(help="A folder of a Hugging Face model, quantized or not.", show_default=False)
+        Path, typer.Argument(help="A Hugging Face model, quantized or not, or an exported one.", show_default=False)
     ],
     text: Annotated[Path, typer.Option("--text", "-t", help="UTF-8 text to measure on.", show_default=False)],
     window: Annotated[
@@ -129,12 +129,8 @@ def evaluate(
             raise QfxError(f"perplexity: there is no file {text}")
         from . import checkpoints
         from .evaluate import default_window, perplexity
-        from .package import is_checkpoint, load
 
-        saved = checkpoints.is_quantized(model_dir) or is_checkpoint(model_dir)
-        model: Any = load(model_dir, device=device) if saved else _float_model(model_dir, dtype, device)
-        if not getattr(model, "can_generate", bool)() or model.config.is_encoder_decoder:
-            raise QfxError(f"perplexity: {type(model).__name__} is not a causal language model")
+        model = _any_model(model_dir, dtype, device)
         tokenizer = checkpoints.load_tokenizer(model_dir)
         size = window or default_window(model)
         found = perplexity(
@@ -145,6 +141,49 @@ def evaluate(
         _out().print(
             f"{found.tokens:,} tokens in {found.windows:,} windows of {size}, {protocol}; {found.seconds:.1f} s"
         )
+
+
+@app.command()
+def export(
+    model_dir: Annotated[Path, typer.Argument(help="A folder that `qfx quantize` wrote.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    target: Annotated[str, typer.Option("--target", "-t", help="ort-cpu, ort-cuda or tensorrt.")] = "ort-cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or float16, of the float parts.", show_default="the target's own")
+    ] = None,
+    opset: Annotated[int, typer.Option(help="Of ai.onnx, 21 to 25.")] = 21,
+    accuracy_level: Annotated[
+        int, typer.Option(help="Of weight-only linears on a CPU: 0 computes in float, 4 in int8.")
+    ] = 0,
+    cache: Annotated[
+        bool | None, typer.Option("--cache/--no-cache", help="Keys and values.", show_default="if it has them")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what qfx wrote there.")] = False,
+) -> None:
+    """Export a quantized model to ONNX, checked in ONNX Runtime."""
+    with _errors():
+        _check_output(output, overwrite)
+        from . import checkpoints
+        from .export import onnx
+        from .package import is_checkpoint, load
+
+        if not (checkpoints.is_quantized(model_dir) or is_checkpoint(model_dir)):
+            raise QfxError(f"export: {model_dir} is not a quantized model; `qfx quantize` writes one")
+        tokenizer = None
+        with contextlib.suppress(QfxError):
+            tokenizer = checkpoints.load_tokenizer(model_dir)
+        done = onnx(
+            load(model_dir, lower=False),
+            output,
+            target=target,
+            dtype=dtype,
+            opset=opset,
+            accuracy_level=accuracy_level,
+            cache=cache,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+        )
+        _out().print(Text(str(done)), soft_wrap=True)
 
 
 @app.command()
@@ -204,6 +243,22 @@ def _float_model(folder: Path, dtype: str, device: str) -> nn.Module:
     model, notes = checkpoints.load_model(folder, dtype, device)
     for note in notes:
         _err().print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+    return model
+
+
+def _any_model(folder: Path, dtype: str, device: str) -> Any:
+    """A causal language model: float, quantized, or exported to ONNX."""
+    from . import checkpoints
+    from .package import is_checkpoint, load
+
+    if (folder / "model.onnx").is_file():
+        from .export import OnnxModel
+
+        return OnnxModel(folder)
+    saved = checkpoints.is_quantized(folder) or is_checkpoint(folder)
+    model: Any = load(folder, device=device) if saved else _float_model(folder, dtype, device)
+    if not getattr(model, "can_generate", bool)() or model.config.is_encoder_decoder:
+        raise QfxError(f"perplexity: {type(model).__name__} is not a causal language model")
     return model
 
 

@@ -1,4 +1,4 @@
-"""The command: each of its five verbs on a tiny model, and what a user sees when something is wrong."""
+"""The command: each of its six verbs on a tiny model, and what a user sees when something is wrong."""
 
 import re
 import shutil
@@ -50,6 +50,21 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "text.txt").write_text(demo_calibration().read_text()[:6000])
     passes("quantize", work / "decoder", "-r", "w8a8-smoothquant", "-c", work / "text.txt", "-o", work / "int8", *FAST)
     return work
+
+
+def test_export_and_eval_of_what_was_exported(work: Path) -> None:
+    shown = passes("export", work / "int8", "-o", work / "onnx").stdout
+    assert "14 linears of W8A8 as MatMulInteger" in shown and "in ONNX Runtime" in shown
+    args = ("--text", work / "text.txt", "--max-windows", 2)
+    values = [
+        float(re.search(r"perplexity (\S+)", passes("eval", work / folder, *args).stdout)[1])  # type: ignore[index]
+        for folder in ("int8", "onnx")
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert "exists; choose another --output" in run("export", work / "int8", "-o", work / "onnx").output
+    assert "is not a quantized model" in run("export", work / "decoder", "-o", work / "new").output
+    refused = run("export", work / "int8", "-o", work / "new", "--target", "tensorrt").output
+    assert "nearest scheme is W8A8_STATIC" in refused and not (work / "new").exists()
 
 
 def test_quantize_prints_the_report_and_saves(work: Path) -> None:

@@ -34,7 +34,7 @@ class Emit:
         self._call = f"#{again}" if again else ""  # a linear may be called more than once
 
     @property
-    def type(self) -> ir.DataType:
+    def kind(self) -> ir.DataType:
         """Of the graph around it."""
         return TYPES[self.dtype]
 
@@ -64,8 +64,8 @@ class Emit:
             domain: of the op.
             attributes: of the node.
         """
-        if (kind := attributes.pop("to_", None)) is not None:  # the attribute of Cast
-            attributes["to"], to = kind, kind
+        if (cast := attributes.pop("to_", None)) is not None:  # the attribute of Cast
+            attributes["to"], to = cast, cast
         count = self._used[op] = self._used.get(op, 0) + 1
         name = f"{self.layer.name}{self._call}/{op}" + (f"_{count}" if count > 1 else "")
         node = ir.node(op, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
@@ -125,6 +125,6 @@ class Emit:
     def _put(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         if (known := self._graph.initializers.get(name)) is not None:
             return known
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.register_initializer(value)
         return value

@@ -17,7 +17,7 @@ def write_genai(folder: Path, model: Any, form: Form) -> None:
     generation = getattr(model, "generation_config", None)
     heads, size = form.cache[0]
     inputs = {k: k for k in ("input_ids", "attention_mask", "position_ids") if k in form.inputs}
-    decoder = {
+    decoder: dict[str, Any] = {
         "filename": f"{form.name}.onnx",
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "head_size": size,
@@ -41,7 +41,7 @@ def write_genai(folder: Path, model: Any, form: Form) -> None:
     if tokens["pad_token_id"] is None:  # it wants one: the first end of text, as is the custom
         eos = tokens["eos_token_id"]
         tokens["pad_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
-    described = {
+    described: dict[str, dict[str, Any]] = {
         "model": {
             **tokens,
             "context_length": length,

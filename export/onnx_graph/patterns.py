@@ -5,6 +5,8 @@ With `x [..., K]`, a weight `W [K, N]`, and scales `s`. Each function returns `y
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -38,15 +40,15 @@ def qdq_int8(emit: Emit, unsigned: bool = False, narrow: bool = True) -> ir.Valu
         s = emit.const("input_scale", np.asarray(scale, emit.numpy))
         z = emit.const("input_zero", np.asarray(zero + shift, kind.numpy()))
         q = emit("QuantizeLinear", _cut(emit, x, scale) if narrow else x, s, z, to=kind, like=x)
-        return emit("DequantizeLinear", q, s, z, to=emit.type, like=x)
+        return emit("DequantizeLinear", q, s, z, to=emit.kind, like=x)
 
     xd = emit.once(("qdq", flat, scale, zero, kind), quantize)
     weight, zeros = _codes(emit, unsigned)
-    s = emit.lazy("weight_scale", emit.type, (layer.N,), lambda: layer.row_scales(emit.numpy))
+    s = emit.lazy("weight_scale", emit.kind, (layer.N,), lambda: layer.row_scales(emit.numpy))
     z = None if zeros is None else emit.const("weight_zero", zeros)
-    wd = emit("DequantizeLinear", weight, s, z, to=emit.type, axis=1)
-    y = _biased(emit, emit("MatMul", xd, wd, to=emit.type))
-    return emit("Squeeze", y, emit.axes(0), to=emit.type) if flat else y
+    wd = emit("DequantizeLinear", weight, s, z, to=emit.kind, axis=1)
+    y = _biased(emit, emit("MatMul", xd, wd, to=emit.kind))
+    return emit("Squeeze", y, emit.axes(0), to=emit.kind) if flat else y
 
 
 def integer_static(emit: Emit, unsigned: bool = False) -> ir.Value:
@@ -90,7 +92,7 @@ def integer_dynamic(emit: Emit, unsigned: bool = False) -> ir.Value:
     per_token, shift = x.block == (1, -1), 128.0 if unsigned else 0.0
 
     def quantize() -> tuple[ir.Value, ir.Value]:
-        xf = emit("Cast", emit.x, to_=FLOAT) if emit.type != FLOAT else emit.x
+        xf = emit("Cast", emit.x, to_=FLOAT) if emit.kind != FLOAT else emit.x
         size = emit("Abs", xf, to=FLOAT)
         axes = emit.axes(-1) if per_token else None
         top = emit("ReduceMax", size, axes, to=FLOAT, keepdims=1)
@@ -125,7 +127,7 @@ def nbits(emit: Emit, accuracy_level: int = 0) -> ir.Value:
     blocks = -(-layer.K // layer.block)
     bits, shape = layer.bits, (layer.N, blocks, layer.block * layer.bits // 8)
     weight = emit.lazy("weight", UINT8, shape, lambda: packed_blocks(layer))
-    s = emit.lazy("weight_scale", emit.type, (layer.N, blocks), lambda: layer.scales(emit.numpy))
+    s = emit.lazy("weight_scale", emit.kind, (layer.N, blocks), lambda: layer.scales(emit.numpy))
     z = None
     if not layer.scheme.weight.symmetric:
         z = emit.lazy("weight_zero", UINT8, (layer.N, -(-blocks * bits // 8)), lambda: _there(packed_zeros(layer)))
@@ -133,8 +135,14 @@ def nbits(emit: Emit, accuracy_level: int = 0) -> ir.Value:
     inputs = [_ordered(emit), weight, s, z, None, bias]
     while inputs[-1] is None:
         inputs.pop()
-    sizes = {"K": layer.K, "N": layer.N, "bits": bits, "block_size": layer.block, "accuracy_level": accuracy_level}
-    return emit("MatMulNBits", *inputs, to=emit.type, domain=CONTRIB, **sizes)
+    sizes: dict[str, Any] = {
+        "K": layer.K,
+        "N": layer.N,
+        "bits": bits,
+        "block_size": layer.block,
+        "accuracy_level": accuracy_level,
+    }
+    return emit("MatMulNBits", *inputs, to=emit.kind, domain=CONTRIB, **sizes)
 
 
 def dq_blocks(emit: Emit) -> ir.Value:
@@ -142,18 +150,18 @@ def dq_blocks(emit: Emit) -> ir.Value:
     layer = emit.layer
     blocks = layer.K // layer.block
     weight = emit.lazy("weight", INT4, (layer.K, layer.N), lambda: _t(layer.signed_codes()).astype(ml_dtypes.int4))
-    s = emit.lazy("weight_scale", emit.type, (blocks, layer.N), lambda: _t(layer.scales(emit.numpy)))
-    wd = emit("DequantizeLinear", weight, s, to=emit.type, axis=0, block_size=layer.block)
-    return _biased(emit, emit("MatMul", _ordered(emit), wd, to=emit.type))
+    s = emit.lazy("weight_scale", emit.kind, (blocks, layer.N), lambda: _t(layer.scales(emit.numpy)))
+    wd = emit("DequantizeLinear", weight, s, to=emit.kind, axis=0, block_size=layer.block)
+    return _biased(emit, emit("MatMul", _ordered(emit), wd, to=emit.kind))
 
 
 def dq_channels(emit: Emit) -> ir.Value:
     """`MatMul(x, DQ(W))` with symmetric int8 and a scale for each output."""
     layer = emit.layer
     weight = emit.lazy("weight", INT8, (layer.K, layer.N), lambda: _t(layer.signed_codes()))
-    s = emit.lazy("weight_scale", emit.type, (layer.N,), lambda: layer.row_scales(emit.numpy))
-    wd = emit("DequantizeLinear", weight, s, to=emit.type, axis=1)
-    return _biased(emit, emit("MatMul", _ordered(emit), wd, to=emit.type))
+    s = emit.lazy("weight_scale", emit.kind, (layer.N,), lambda: layer.row_scales(emit.numpy))
+    wd = emit("DequantizeLinear", weight, s, to=emit.kind, axis=1)
+    return _biased(emit, emit("MatMul", _ordered(emit), wd, to=emit.kind))
 
 
 def qdq_fp8(emit: Emit) -> ir.Value:
@@ -167,18 +175,18 @@ def qdq_fp8(emit: Emit) -> ir.Value:
         s = emit.const("input_scale", np.asarray(scale, emit.numpy))
         z = emit.const("input_zero", np.zeros((), kind.numpy()))
         q = emit("QuantizeLinear", x, s, z, to=kind, like=x, saturate=1)
-        return emit("DequantizeLinear", q, s, z, to=emit.type, like=x)
+        return emit("DequantizeLinear", q, s, z, to=emit.kind, like=x)
 
     xd = emit.once(("fp8", flat, scale, kind), quantize)
     weight = emit.lazy("weight", kind, (layer.K, layer.N), lambda: _t(float8(layer)))
     if layer.scheme.weight.block[0] == -1:
-        s = emit.lazy("weight_scale", emit.type, (), lambda: layer.row_scales(emit.numpy)[0].reshape(()))
-        wd = emit("DequantizeLinear", weight, s, to=emit.type)
+        s = emit.lazy("weight_scale", emit.kind, (), lambda: layer.row_scales(emit.numpy)[0].reshape(()))
+        wd = emit("DequantizeLinear", weight, s, to=emit.kind)
     else:
-        s = emit.lazy("weight_scale", emit.type, (layer.N,), lambda: layer.row_scales(emit.numpy))
-        wd = emit("DequantizeLinear", weight, s, to=emit.type, axis=1)
-    y = _biased(emit, emit("MatMul", xd, wd, to=emit.type))
-    return emit("Squeeze", y, emit.axes(0), to=emit.type) if flat else y
+        s = emit.lazy("weight_scale", emit.kind, (layer.N,), lambda: layer.row_scales(emit.numpy))
+        wd = emit("DequantizeLinear", weight, s, to=emit.kind, axis=1)
+    y = _biased(emit, emit("MatMul", xd, wd, to=emit.kind))
+    return emit("Squeeze", y, emit.axes(0), to=emit.kind) if flat else y
 
 
 FP8_BLOCK = 128
@@ -193,7 +201,7 @@ def fp8_weight(emit: Emit) -> ir.Value:
     s = emit.lazy("weight_scale", FLOAT, (layer.N, blocks), lambda: np.repeat(layer.scales()[:, :1], blocks, 1))
     inputs = [emit.x, weight, s, emit.const("input_scale", np.asarray(scale, np.float32)), _bias(emit)]
     inputs = inputs[:-1] if inputs[-1] is None else inputs
-    return emit("MatMulBlockQuantizedFp8Weight", *inputs, to=emit.type, domain=CONTRIB, block_size=FP8_BLOCK)
+    return emit("MatMulBlockQuantizedFp8Weight", *inputs, to=emit.kind, domain=CONTRIB, block_size=FP8_BLOCK)
 
 
 def table4(emit: Emit) -> ir.Value:
@@ -201,9 +209,15 @@ def table4(emit: Emit) -> ir.Value:
     layer = emit.layer
     weight = emit.lazy("weight", UINT8, (layer.N * layer.K // 2,), lambda: packed_table(layer))
     count = layer.N * layer.K // layer.block
-    s = emit.lazy("weight_scale", emit.type, (count,), lambda: layer.scales(emit.numpy).reshape(-1))
-    sizes = {"K": layer.K, "N": layer.N, "block_size": layer.block, "quant_type": table_code(layer), "transB": 1}
-    y = emit("MatMulBnb4", _ordered(emit), weight, s, to=emit.type, domain=CONTRIB, **sizes)
+    s = emit.lazy("weight_scale", emit.kind, (count,), lambda: layer.scales(emit.numpy).reshape(-1))
+    sizes: dict[str, Any] = {
+        "K": layer.K,
+        "N": layer.N,
+        "block_size": layer.block,
+        "quant_type": table_code(layer),
+        "transB": 1,
+    }
+    y = emit("MatMulBnb4", _ordered(emit), weight, s, to=emit.kind, domain=CONTRIB, **sizes)
     return _biased(emit, y)
 
 
@@ -220,7 +234,7 @@ def _cut(emit: Emit, x: ir.Value, scale: float) -> ir.Value:
     if not (isinstance(grid, Int) and grid.narrow):
         return x
     least = emit.const("input_least", np.asarray(grid.lo * scale, emit.numpy))
-    return emit("Clip", x, least, to=emit.type, like=x)
+    return emit("Clip", x, least, to=emit.kind, like=x)
 
 
 def _codes_of_input(emit: Emit, unsigned: bool) -> tuple[ir.DataType, int]:
@@ -255,7 +269,7 @@ def _ordered(emit: Emit) -> ir.Value:
         return emit.x
 
     def gather() -> ir.Value:
-        return emit("Gather", emit.x, emit.const("order", order), to=emit.type, like=emit.x, axis=-1)
+        return emit("Gather", emit.x, emit.const("order", order), to=emit.kind, like=emit.x, axis=-1)
 
     return emit.once(("order", order.tobytes()), gather)
 
@@ -263,7 +277,7 @@ def _ordered(emit: Emit) -> ir.Value:
 def _at_least_3d(emit: Emit) -> tuple[ir.Value, bool]:
     if emit.x.shape is None or len(emit.x.shape) != 2 or emit.layer.linear.bias is None:
         return emit.x, False
-    return emit.once("3d", lambda: emit("Unsqueeze", emit.x, emit.axes(0), to=emit.type)), True
+    return emit.once("3d", lambda: emit("Unsqueeze", emit.x, emit.axes(0), to=emit.kind)), True
 
 
 def _bias(emit: Emit) -> ir.Value | None:
@@ -273,12 +287,12 @@ def _bias(emit: Emit) -> ir.Value | None:
 
 def _biased(emit: Emit, y: ir.Value) -> ir.Value:
     bias = _bias(emit)
-    return y if bias is None else emit("Add", y, bias, to=emit.type)
+    return y if bias is None else emit("Add", y, bias, to=emit.kind)
 
 
 def _rescaled(emit: Emit, y: ir.Value, scale: ir.Value) -> ir.Value:
     y = emit("Mul", y, scale, to=FLOAT)
-    return _biased(emit, emit("Cast", y, to_=emit.type) if emit.type != FLOAT else y)
+    return _biased(emit, emit("Cast", y, to_=emit.kind) if emit.kind != FLOAT else y)
 
 
 def _typed(values: tuple[ir.Value, ...], *kinds: ir.DataType) -> tuple[ir.Value, ...]:

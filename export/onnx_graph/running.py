@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qfx._folder import EXPORTED
-from qfx._manifest import one_line
+from qfx._manifest import CONFIG, one_line
 from qfx.core.errors import PackageError
 from qfx.export.onnx_graph.forms import MODEL
 from qfx.export.onnx_graph.numerics import open_session
@@ -20,6 +21,10 @@ from qfx.export.onnx_graph.numerics import open_session
 
 class OnnxModel:
     """A folder that `qfx.export.onnx` wrote, in ONNX Runtime; `qfx.evaluate.perplexity` takes it as a model.
+
+    Attributes:
+        session: ONNX Runtime's.
+        config: what config.json says, as attributes.
 
     Args:
         folder: with `model.onnx`.
@@ -40,6 +45,8 @@ class OnnxModel:
         try:
             said = json.loads((self.folder / EXPORTED).read_text(encoding="utf-8"))
             wanted: dict[str, str] = dict(said["session_options"])
+            config = self.folder / CONFIG
+            self.config = SimpleNamespace(**json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {})
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise PackageError(f"{folder} is not a folder of qfx.export.onnx ({one_line(e)})") from None
         path = self.folder / f"{MODEL}.onnx"
