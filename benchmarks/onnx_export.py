@@ -82,40 +82,38 @@ def main() -> None:
     a = ap.parse_args()
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if a.part == "matrix":
-        _save(stored, "matrix", {**stored.get("matrix", {}).get("rows", {}), **matrix(a.only)})
+        for name in a.only.split(",") if a.only else TINY:
+            _save("matrix", matrix(name))
     elif a.part == "models":
         if not (a.text and a.calibration and a.paths):
             raise SystemExit("onnx_export: models needs folders, --text and --calibration")
-        rows = stored.get("models", {}).get("rows", {})
         for folder in a.paths:
-            rows |= {f"{Path(folder).name} | {k}": v for k, v in whole(folder, a).items()}
-            _save(stored, "models", rows, windows=a.max_windows or "all")
+            for recipe in (name for name in WHOLE if a.only in name):
+                key = f"{Path(folder).name} | {recipe}"
+                _save("models", {key: whole(folder, recipe, a)}, windows=a.max_windows or "all")
     else:
         for page in map(Path, a.paths):
             page.write_text(_put(page.read_text(), stored))
 
 
-def matrix(only: str) -> dict[str, Any]:
-    """Relative differences, or refusals, of every tiny model, scheme and target; each model is captured twice only."""
+def matrix(name: str) -> dict[str, Any]:
+    """Relative differences, or refusals, of a tiny model with every scheme and target; it is captured twice only."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     from tests.zoo import ZOO
 
     found: dict[str, Any] = {}
-    for name in TINY:
-        if only and name not in only.split(","):
+    model, example = ZOO[name].load()
+    captured: dict[str, tuple[Any, bytes]] = {}
+    for label in (*SCHEMES, MIXED):
+        schemes = {"*": "W8A8_STATIC", "*down_proj": "W4A16_G32", "*fc2": "W4A16_G32"} if label == MIXED else None
+        wanted = {k: v for k, v in (schemes or {"*": label}).items() if _matches(model, k)}
+        if label == MIXED and len(wanted) == 1:
             continue
-        model, example = ZOO[name].load()
-        graphs: dict[str, tuple[Any, bytes]] = {}
-        for label in (*SCHEMES, MIXED):
-            schemes = {"*": "W8A8_STATIC", "*down_proj": "W4A16_G32", "*fc2": "W4A16_G32"} if label == MIXED else None
-            wanted = {k: v for k, v in (schemes or {"*": label}).items() if _matches(model, k)}
-            if label == MIXED and len(wanted) == 1:
-                continue
-            q = qfx.quantize(model, {"schemes": wanted, "ignore": ["@head"]}, [example], progress=False)
-            for target in TARGETS:
-                with tempfile.TemporaryDirectory() as made:
-                    row = found[f"{name} | {label} | {target}"] = _one(q, example, Path(made), target, graphs)
-                print(f"{name:8} {label:36} {target:9} {row}", flush=True)
+        q = qfx.quantize(model, {"schemes": wanted, "ignore": ["@head"]}, [example], progress=False)
+        for target in TARGETS:
+            with tempfile.TemporaryDirectory() as made:
+                row = found[f"{name} | {label} | {target}"] = _one(q, example, Path(made), target, captured)
+            print(f"{name:8} {label:36} {target:9} {row}", flush=True)
     return found
 
 
@@ -146,51 +144,50 @@ def _one(q: Any, example: Any, folder: Path, target: str, captured: dict[str, tu
     return {"error": written.error, "expected": written.expected, "dtype": dtype, "notes": done.notes}
 
 
-def whole(folder: str, a: argparse.Namespace) -> dict[str, Any]:
-    """One trained model with every recipe on ONNX Runtime's CPU."""
+def whole(folder: str, name: str, a: argparse.Namespace) -> dict[str, Any]:
+    """A trained model with one recipe, in ONNX Runtime on the CPU."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     batches = text_batches(a.calibration, tokenizer, sequence=256, samples=64, batch_size=8)
     settings: dict[str, Any] = {"window": 512, "overlap_one": True, "max_windows": a.max_windows, "batch_size": 4}
-    rows = {}
-    for name, recipe in WHOLE.items():
-        if a.only not in name:
-            continue
-        q = qfx.quantize(model, {**recipe, "ignore": ["@head"]}, batches, progress=False)
-        with tempfile.TemporaryDirectory() as made:
-            done = qfx.export.onnx(q, Path(made) / "out", tokenizer=tokenizer)
-            ort = qfx.export.OnnxModel(done.folder)
-            times = {}
-            values = {}
-            for who, what in (("qfx", q), ("ort", ort)):
-                began = time.perf_counter()
-                values[who] = perplexity(what, a.text, tokenizer, progress=False, **settings).value
-                times[who] = time.perf_counter() - began
-            prompt = batches[0]["input_ids"][:1, :16]
-            want = q.generate(prompt, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
-            got = ort.generate(prompt, NEW)
-            rows[name] = {
-                "perplexity": values,
-                "change": values["ort"] / values["qfx"] - 1,
-                "seconds": times,
-                "same_tokens": int((want[0, 16:] == got[0, 16:]).sum()),
-                "tokens": NEW,
-                "expected": done.graphs[0].expected,
-                "linears": len(done.layers),
-                "error": done.graphs[0].error,
-                "bytes": done.bytes,
-                "bytes_qfx": q.qfx.report.bytes_after,
-            }
-        print(f"{Path(folder).name} {name}: {rows[name]}", flush=True)
-    return rows
+    q: Any = qfx.quantize(model, {**WHOLE[name], "ignore": ["@head"]}, batches, progress=False)
+    with tempfile.TemporaryDirectory() as made:
+        done = qfx.export.onnx(q, Path(made) / "out", tokenizer=tokenizer)
+        ort = qfx.export.OnnxModel(done.folder)
+        prompt = batches[0]["input_ids"][:1, :16]
+        want = q.generate(prompt, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+        got = ort.generate(prompt, NEW)
+        values, seconds = {}, {}
+        for who, what in (("qfx", q), ("ort", ort), ("eager", q)):
+            if who == "eager":  # the same model with another order of sums: what rounding alone changes
+                q.set_attn_implementation("eager")
+            began = time.perf_counter()
+            values[who] = perplexity(what, a.text, tokenizer, progress=False, **settings).value
+            seconds[who] = time.perf_counter() - began
+        row = {
+            "perplexity": values,
+            "change": values["ort"] / values["qfx"] - 1,
+            "change_eager": values["eager"] / values["qfx"] - 1,
+            "seconds": seconds,
+            "same_tokens": int((want[0, 16:] == got[0, 16:]).sum()),
+            "tokens": NEW,
+            "expected": done.graphs[0].expected,
+            "linears": len(done.layers),
+            "error": done.graphs[0].error,
+            "bytes": done.bytes,
+            "bytes_qfx": q.qfx.report.bytes_after,
+        }
+    print(f"{Path(folder).name} {name}: {row}", flush=True)
+    return row
 
 
-def _save(stored: dict[str, Any], part: str, rows: dict[str, Any], **more: Any) -> None:
+def _save(part: str, rows: dict[str, Any], **more: Any) -> None:
     import onnxruntime
     import transformers
 
+    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     versions |= {"transformers": transformers.__version__, "qfx": qfx.__version__}
     stored[part] = {
@@ -198,7 +195,7 @@ def _save(stored: dict[str, Any], part: str, rows: dict[str, Any], **more: Any) 
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
         **more,
-        "rows": rows,
+        "rows": {**stored.get(part, {}).get("rows", {}), **rows},
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
@@ -247,16 +244,14 @@ def _matrix_table(rows: dict[str, Any]) -> list[str]:
 
 
 def _models_table(rows: dict[str, Any]) -> list[str]:
-    head = (
-        "| model | recipe | perplexity, qfx | ONNX Runtime | change | same tokens | nodes | bytes / qfx's | s / qfx's |"
-    )
-    lines = [head, "|---" * 9 + "|"]
+    head = "| model | recipe | perplexity, qfx | ONNX Runtime | change | eager attention | same tokens | nodes | bytes / qfx's | s / qfx's |"
+    lines = [head, "|---" * 10 + "|"]
     for key, v in rows.items():
         model, recipe = key.split(" | ")
         ops = ", ".join(f"{n} {op}" for op, n in v["expected"].items()) or "-"
         lines.append(
             f"| {model} | {recipe} | {v['perplexity']['qfx']:.4f} | {v['perplexity']['ort']:.4f} | "
-            f"{100 * v['change']:+.3f} % | {v['same_tokens']} of {v['tokens']} | {ops} of {v['linears']} | "
+            f"{100 * v['change']:+.3f} % | {100 * v['change_eager']:+.3f} % | {v['same_tokens']} of {v['tokens']} | {ops} of {v['linears']} | "
             f"{v['bytes'] / v['bytes_qfx']:.3f} | {v['seconds']['ort'] / v['seconds']['qfx']:.2f} |"
         )
     return lines
