@@ -17,6 +17,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -243,18 +244,33 @@ def _matrix_table(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
+COLUMNS = (
+    *("model", "recipe", "perplexity, qfx", "ONNX Runtime", "change", "eager attention", "same tokens", "nodes"),
+    *("bytes / qfx's", "s / qfx's"),
+)
+
+
 def _models_table(rows: dict[str, Any]) -> list[str]:
-    head = "| model | recipe | perplexity, qfx | ONNX Runtime | change | eager attention | same tokens | nodes | bytes / qfx's | s / qfx's |"
-    lines = [head, "|---" * 10 + "|"]
+    lines = [_row(COLUMNS), "|---" * len(COLUMNS) + "|"]
     for key, v in rows.items():
-        model, recipe = key.split(" | ")
-        ops = ", ".join(f"{n} {op}" for op, n in v["expected"].items()) or "-"
-        lines.append(
-            f"| {model} | {recipe} | {v['perplexity']['qfx']:.4f} | {v['perplexity']['ort']:.4f} | "
-            f"{100 * v['change']:+.3f} % | {100 * v['change_eager']:+.3f} % | {v['same_tokens']} of {v['tokens']} | {ops} of {v['linears']} | "
-            f"{v['bytes'] / v['bytes_qfx']:.3f} | {v['seconds']['ort'] / v['seconds']['qfx']:.2f} |"
-        )
+        values, ops = v["perplexity"], ", ".join(f"{n} {op}" for op, n in v["expected"].items()) or "-"
+        cells = [
+            *key.split(" | "),
+            f"{values['qfx']:.4f}",
+            f"{values['ort']:.4f}",
+            f"{100 * v['change']:+.3f} %",
+            f"{100 * v['change_eager']:+.3f} %",
+            f"{v['same_tokens']} of {v['tokens']}",
+            f"{ops} of {v['linears']}",
+            f"{v['bytes'] / v['bytes_qfx']:.3f}",
+            f"{v['seconds']['ort'] / v['seconds']['qfx']:.2f}",
+        ]
+        lines.append(_row(cells))
     return lines
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ LIMITS = {
     ("float16", True): 0.25,
 }
 """The largest relative difference, in the 2-norm over an output, that an export may have, by the dtype of the float
-parts and whether inputs are quantized. Where they are, a value half way between two codes rounds the other way after the
-least change; in float16, with the three bits of float8, that made 5e-2 on random models. A wrong axis, order or zero
-point makes about 1. That the nodes themselves are exact is what their tests show."""
+parts and whether inputs are quantized. Where they are, a value half way between two codes rounds the other way after
+the least change; in float16, with the three bits of float8, that made 5e-2 on random models. A wrong axis, order or
+zero point makes about 1. That the nodes themselves are exact is what their tests show."""
 
 
 def open_session(path: Path, options: Mapping[str, str], providers: Sequence[str] = CPU) -> Any:
