@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.hardware import cpu
 
 import qfx
 import qfx.export
@@ -57,13 +57,11 @@ SCHEMES = (
     "W4A8_G32",
 )
 MIXED = "mixed: W8A8_STATIC, down W4A16_G32"
-WHOLE = {
-    "W8A8_STATIC, SmoothQuant": {"schemes": {"*": "W8A8_STATIC"}, "steps": ["smoothquant"]},
-    "W8A8_STATIC_ASYM, OS+": {"schemes": {"*": "W8A8_STATIC_ASYM"}, "steps": ["outlier_suppression_plus"]},
-    "W8A8, SmoothQuant": {"schemes": {"*": "W8A8"}, "steps": ["smoothquant"]},
-    "W8A16": {"schemes": {"*": "W8A16"}},
+WHOLE: dict[str, dict[str, Any]] = {
     "W4A16, GPTQ act_order": {"schemes": {"*": "W4A16"}, "steps": [{"gptq": {"act_order": True}}]},
-    "W4A16_ASYM, GPTQ": {"schemes": {"*": "W4A16_ASYM"}, "steps": ["gptq"]},
+    "W8A8_STATIC, SmoothQuant": {"schemes": {"*": "W8A8_STATIC"}, "steps": ["smoothquant"]},
+    "W8A8, SmoothQuant": {"schemes": {"*": "W8A8"}, "steps": ["smoothquant"]},
+    "W8A8_STATIC_ASYM, OS+": {"schemes": {"*": "W8A8_STATIC_ASYM"}, "steps": ["outlier_suppression_plus"]},
     "NF4": {"schemes": {"*": "NF4"}},
     "FP8": {"schemes": {"*": "FP8"}},
 }
@@ -151,7 +149,7 @@ def whole(folder: str, name: str, a: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    batches = text_batches(a.calibration, tokenizer, sequence=256, samples=64, batch_size=8)
+    batches = text_batches(a.calibration, tokenizer, sequence=256, samples=16, batch_size=8)
     settings: dict[str, Any] = {"window": 512, "overlap_one": True, "max_windows": a.max_windows, "batch_size": 4}
     q: Any = qfx.quantize(model, {**WHOLE[name], "ignore": ["@head"]}, batches, progress=False)
     with tempfile.TemporaryDirectory() as made:
@@ -160,10 +158,16 @@ def whole(folder: str, name: str, a: argparse.Namespace) -> dict[str, Any]:
         prompt = batches[0]["input_ids"][:1, :16]
         want = q.generate(prompt, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
         got = ort.generate(prompt, NEW)
-        values, seconds = {}, {}
+        values, seconds, others = {}, {}, {}
+        for target in TARGETS[1:]:
+            try:
+                others[target] = qfx.export.onnx(q, Path(made) / target, target=target).graphs[0].error
+            except QfxError as e:
+                others[target] = str(e).partition(" | ")[0].rpartition(": ")[2]
         for who, what in (("qfx", q), ("ort", ort), ("eager", q)):
             if who == "eager":  # the same model with another order of sums: what rounding alone changes
                 q.set_attn_implementation("eager")
+                other = q.generate(prompt, max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
             began = time.perf_counter()
             values[who] = perplexity(what, a.text, tokenizer, progress=False, **settings).value
             seconds[who] = time.perf_counter() - began
@@ -173,7 +177,9 @@ def whole(folder: str, name: str, a: argparse.Namespace) -> dict[str, Any]:
             "change_eager": values["eager"] / values["qfx"] - 1,
             "seconds": seconds,
             "same_tokens": int((want[0, 16:] == got[0, 16:]).sum()),
+            "same_tokens_eager": int((want[0, 16:] == other[0, 16:]).sum()),
             "tokens": NEW,
+            "others": others,
             "expected": done.graphs[0].expected,
             "linears": len(done.layers),
             "error": done.graphs[0].error,
@@ -192,7 +198,7 @@ def _save(part: str, rows: dict[str, Any], **more: Any) -> None:
     versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
     versions |= {"transformers": transformers.__version__, "qfx": qfx.__version__}
     stored[part] = {
-        "hardware": _cpu(),
+        "hardware": f"{cpu()}, {torch.get_num_threads()} threads",
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
         **more,
@@ -200,14 +206,6 @@ def _save(part: str, rows: dict[str, Any], **more: Any) -> None:
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return f"{name}, {torch.get_num_threads()} threads, {'with' if 'vnni' in flags else 'without'} VNNI"
 
 
 def _put(page: str, stored: dict[str, Any]) -> str:
@@ -245,8 +243,8 @@ def _matrix_table(rows: dict[str, Any]) -> list[str]:
 
 
 COLUMNS = (
-    *("model", "recipe", "perplexity, qfx", "ONNX Runtime", "change", "eager attention", "same tokens", "nodes"),
-    *("bytes / qfx's", "s / qfx's"),
+    *("model", "recipe", "perplexity, qfx", "ONNX Runtime", "change", "eager attention", "same tokens", "eager's"),
+    *("nodes", "bytes / qfx's", "s / qfx's", "ort-cuda", "tensorrt"),
 )
 
 
@@ -261,9 +259,11 @@ def _models_table(rows: dict[str, Any]) -> list[str]:
             f"{100 * v['change']:+.3f} %",
             f"{100 * v['change_eager']:+.3f} %",
             f"{v['same_tokens']} of {v['tokens']}",
+            f"{v['same_tokens_eager']} of {v['tokens']}",
             f"{ops} of {v['linears']}",
             f"{v['bytes'] / v['bytes_qfx']:.3f}",
             f"{v['seconds']['ort'] / v['seconds']['qfx']:.2f}",
+            *("not run" if e is None else e if isinstance(e, str) else f"{e:.1e}" for e in v["others"].values()),
         ]
         lines.append(_row(cells))
     return lines
