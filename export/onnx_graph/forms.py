@@ -7,13 +7,14 @@ The names are those of Optimum and ONNX Runtime GenAI: `input_ids`, `attention_m
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qfx._manifest import one_line
 from qfx.core.errors import PackageError
 
 BATCH, SEQUENCE, PAST = "batch_size", "sequence_length", "past_sequence_length"
@@ -34,6 +35,8 @@ class Form:
         dims: names of the sizes that vary, by input.
         variadic: how many of the last inputs the module takes as `*args`.
         cache: per layer, (heads, head size) of the keys, if the graph has a cache.
+        note: what a reader of the export should know of this form.
+        otherwise: makes the form to take if this one does not export, from the reason.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Form:
     dims: dict[str, dict[int, str]]
     variadic: int = 0
     cache: list[tuple[int, int]] = field(default_factory=list)
+    note: str = ""
+    otherwise: Callable[[str], Form] | None = None
 
 
 class _Plain(nn.Module):
@@ -68,7 +73,7 @@ class _Cached(nn.Module):
         from transformers import DynamicCache
 
         tokens, past = values[: len(self.names)], values[len(self.names) :]
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache()  # without a config it keeps all tokens of windowed layers too; the mask has the window
         for i in range(0, len(past), 2):
             cache.update(past[i], past[i + 1], i // 2)
         named = dict(zip(self.names, tokens, strict=True))
@@ -85,8 +90,9 @@ class _Decoder(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        out = self.model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=input_ids, use_cache=False)
+    def forward(self, input_ids: Tensor, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        given = {} if mask is None else {"attention_mask": mask}
+        out = self.model(encoder_outputs=(states,), decoder_input_ids=input_ids, use_cache=False, **given)
         return out.logits
 
 
@@ -109,14 +115,28 @@ def forms_of(model: Any, example: Mapping[str, Tensor], cache: bool | None) -> l
     generates = "input_ids" in example and _generates(model)
     if cache and not generates:
         raise PackageError(f"{type(model).__name__} does not generate text; it has no cache to export")
-    if not generates or cache is False:
-        return [_plain(model, _with_mask(model, example) if generates else example)]
+    if not generates:
+        return [_plain(model, example)]
+    if cache is False:
+        return [_plain(model, _as_padded(model, example))]
     try:
-        return [_cached(model, example)]
-    except PackageError:
+        form = _cached(model, example)
+    except Exception as e:  # also what the model's own code raises for a cache that is not its own
+        reason = str(e) if isinstance(e, PackageError) else f"{type(e).__name__}: {one_line(e)}"
         if cache:
-            raise
-        return [_plain(model, _with_mask(model, example))]
+            raise PackageError(
+                f"{type(model).__name__} is not exported with a cache ({reason}); pass cache=False"
+            ) from e
+        return [_without_cache(model, example, reason)]
+    if cache is None:
+        form.otherwise = lambda reason: _without_cache(model, example, reason)
+    return [form]
+
+
+def _without_cache(model: Any, example: Mapping[str, Tensor], reason: str) -> Form:
+    form = _plain(model, _as_padded(model, example))
+    form.note = f"{form.name}.onnx has no cache, each token reads all before it anew: {reason}"
+    return form
 
 
 def _generates(model: Any) -> bool:
@@ -175,42 +195,57 @@ def _cache_layers(model: Any, tokens: Mapping[str, Tensor]) -> list[tuple[Tensor
     """Keys and values of each layer after a run; PackageError if the cache holds anything else."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    length = tokens["input_ids"].shape[1]
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    if others := kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+        raise PackageError(f"its cache holds {', '.join(sorted(others))}, not only keys and values")
+    cache = DynamicCache()
     model(**tokens, **{_cache_argument(model): cache}, use_cache=True)
-    kinds = {type(layer).__name__ for layer in cache.layers}
-    if kinds != {"DynamicLayer"}:
-        what = ", ".join(sorted(kinds)) or "nothing"
-        raise PackageError(f"the cache of {type(model).__name__} holds {what}, not plain keys and values; cache=False")
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    if not pairs or any(t is None or t.dim() != 4 or t.shape[2] != length for pair in pairs for t in pair):
+        raise PackageError("its cache holds no keys and values of shape [batch, heads, tokens, size]")
+    return pairs
 
 
 def _encoder_decoder(model: Any, example: Mapping[str, Tensor]) -> list[Form]:
-    if "input_ids" not in example:
-        raise PackageError(f"an encoder-decoder model is exported with input_ids, not {', '.join(example)}")
-    ids = _at_least_two(example["input_ids"])
-    mask = torch.ones_like(ids)
-    target = _at_least_two(example.get("decoder_input_ids", ids[:, :2]))
-    states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    tokens = {0: BATCH, 1: SEQUENCE}
-    source = {0: BATCH, 1: "encoder_sequence_length"}
+    """The encoder, of tokens with a mask or of whatever the model takes first; and the decoder on its output."""
+    tokens, source = {0: BATCH, 1: SEQUENCE}, {0: BATCH, 1: "encoder_sequence_length"}
+    masked = "input_ids" in example
+    if masked:
+        first = {"input_ids": _at_least_two(example["input_ids"])}
+        first["attention_mask"] = torch.ones_like(first["input_ids"])
+    else:  # sounds and images: of their sizes only the batch varies
+        first = {k: _at_least_two(v) for k, v in example.items() if not k.startswith("decoder_")}
+        source = {0: BATCH}
+    if (target := example.get("decoder_input_ids", first["input_ids"][:, :2] if masked else None)) is None:
+        raise PackageError("pass example= with decoder_input_ids beside the encoder's inputs")
+    target = _at_least_two(target)
+    states = model.get_encoder()(**first).last_hidden_state
+    names = list(first)
     encoder = Form(
         ENCODER,
-        lambda m: _Plain(m.get_encoder(), ["input_ids", "attention_mask"], ["last_hidden_state"], {}),
-        {"input_ids": ids, "attention_mask": mask},
+        lambda m: _Plain(m.get_encoder(), names, ["last_hidden_state"], {}),
+        first,
         ["last_hidden_state"],
-        {"input_ids": tokens, "attention_mask": tokens},
-        2,
+        {k: tokens if masked else {0: BATCH} for k in names},
+        len(names),
     )
-    inputs = {"input_ids": target, "encoder_hidden_states": states, "encoder_attention_mask": mask}
-    dims = {"input_ids": tokens, "encoder_hidden_states": source, "encoder_attention_mask": source}
+    inputs = {"input_ids": target, "encoder_hidden_states": states}
+    dims = {"input_ids": tokens, "encoder_hidden_states": source}
+    if masked:
+        inputs["encoder_attention_mask"], dims["encoder_attention_mask"] = first["attention_mask"], source
     return [encoder, Form(DECODER, _Decoder, inputs, ["logits"], dims)]
 
 
-def _with_mask(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ids and a mask: what a runtime that pads hands over."""
-    ids = example["input_ids"]
-    mask = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in _arguments(model) else {}
-    return {"input_ids": ids, **mask, **{k: v for k, v in example.items() if k not in ("input_ids", *mask)}}
+def _as_padded(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Ids with a mask and positions: what a runtime that pads on the left hands over."""
+    ids, takes = example["input_ids"], _arguments(model)
+    given = {"input_ids": ids}
+    if "attention_mask" in takes:
+        given["attention_mask"] = torch.ones_like(ids)
+        if "position_ids" in takes:  # without a mask, some models would look for packed sequences in them
+            given["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1).contiguous()
+    return {**given, **{k: v for k, v in example.items() if k not in given}}
 
 
 def _named(out: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from qfx.core.errors import PackageError
+from qfx.core.errors import CaptureError, PackageError
 from qfx.export.onnx_graph import numerics, patterns
 from qfx.export.onnx_graph.audit import QDQ, audit
 from qfx.export.onnx_graph.capture import capture
@@ -45,14 +45,27 @@ def write(
     done: OnnxExport,
     names: tuple[str, ...],
     check: bool,
-) -> Graph:
+) -> tuple[Graph, Form]:
     """Writes one file and its weights.
 
+    Returns:
+        What was written, and as which form: the other one that a form has, if it does not export itself.
+
     Raises:
+        CaptureError: the model does not export.
         PackageError: what was made is not right: it says what, and nothing stays.
     """
-    graph = capture(model, form, getattr(torch, done.dtype), done.opset)
-    return write_captured(graph, made, model, form, choices, done, names, check)
+    dtype = getattr(torch, done.dtype)
+    try:
+        graph = capture(model, form, dtype, done.opset)
+    except CaptureError as e:
+        if form.otherwise is None:
+            raise
+        form = form.otherwise(str(e))
+        graph = capture(model, form, dtype, done.opset)
+    if form.note:
+        done.notes.append(form.note)
+    return write_captured(graph, made, model, form, choices, done, names, check), form
 
 
 def write_captured(

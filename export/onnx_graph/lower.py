@@ -12,10 +12,12 @@ from onnx_ir import convenience
 from onnx_ir.passes import common
 
 from qfx.core.errors import PackageError
-from qfx.export.onnx_graph.capture import DOMAIN
 from qfx.export.onnx_graph.emit import CONTRIB, Emit
 from qfx.export.onnx_graph.targets import Choice, Refusal, choose
+from qfx.export.onnx_graph.translations import DOMAIN
 from qfx.modules.linear import QLinear
+
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 @dataclass
@@ -25,17 +27,19 @@ class Lowered:
     Attributes:
         choices: by the linear's name.
         uses: how many nodes each linear had.
+        constant: how many of them no input of the graph reaches; ONNX Runtime computes these when it loads the file.
     """
 
     choices: dict[str, Choice] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
+    constant: Counter[str] = field(default_factory=Counter)
 
     def expected(self) -> dict[str, int]:
         """How many nodes of each type compute quantized linears after ONNX Runtime's fusions."""
         counts: Counter[str] = Counter()
         for name, choice in self.choices.items():
             if choice.op:
-                counts[choice.op] += self.uses[name]
+                counts[choice.op] += self.uses[name] - self.constant[name]
         return dict(counts)
 
 
@@ -65,6 +69,7 @@ def lower(model: ir.Model, choices: Mapping[str, Choice], dtype: str) -> Lowered
         dtype: of the float parts, "float32" or "float16".
     """
     graph, done, shared = model.graph, Lowered(), dict[Any, Any]()
+    varying = _varying(graph)
     for node in list(graph):
         if node.domain != DOMAIN:
             continue
@@ -82,6 +87,7 @@ def lower(model: ir.Model, choices: Mapping[str, Choice], dtype: str) -> Lowered
         if new in graph.outputs:
             new.name = label
         done.uses[name] += 1
+        done.constant[name] += old not in varying
         done.choices[name] = choices[name]
     common.RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
@@ -90,6 +96,15 @@ def lower(model: ir.Model, choices: Mapping[str, Choice], dtype: str) -> Lowered
     if missing := sorted(set(choices) - set(done.choices)):
         raise PackageError(f"{_some(missing)}: not in the exported graph; the model does not call it with these inputs")
     return done
+
+
+def _varying(graph: ir.Graph) -> set[ir.Value]:
+    """The values that depend on an input of the graph."""
+    found = set(graph.inputs)
+    for node in graph:  # in the order of computation
+        if any(x in found for x in node.inputs) or any(a.type in _GRAPHS for a in node.attributes.values()):
+            found.update(node.outputs)
+    return found
 
 
 def _some(names: list[str]) -> str:

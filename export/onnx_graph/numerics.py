@@ -13,6 +13,7 @@ from torch import nn
 from qfx._manifest import one_line
 from qfx.core.errors import PackageError
 from qfx.export.onnx_graph.forms import Form
+from qfx.export.onnx_graph.opaque import copy_in
 from qfx.export.onnx_graph.session import session_entries
 
 CPU = ("CPUExecutionProvider",)
@@ -64,8 +65,12 @@ def run(path: Path, inputs: dict[str, np.ndarray], features: Collection[str] = (
 
 @torch.no_grad()
 def reference(model: nn.Module, form: Form) -> list[np.ndarray]:
-    """What the model gives for the form's inputs, float32."""
-    out: Any = form.wrap(model)(*form.inputs.values())
+    """What the model gives for the form's inputs in float32, whatever dtype its float parts have."""
+    plain = model
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in model.parameters()):
+        plain = copy_in(model, torch.float32)
+    values = (v.float() if v.is_floating_point() else v for v in form.inputs.values())
+    out: Any = form.wrap(plain)(*values)
     outs = out if isinstance(out, tuple) else (out,)
     return [t.detach().float().cpu().numpy() for t in outs]
 

@@ -81,18 +81,15 @@ def quantized_linears(model: nn.Module) -> dict[str, QLinear]:
 
 
 def opaque_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy that shares the model's memory, with an opaque op for each quantized linear; the model is not changed.
+    """A copy in another dtype with an opaque op for each quantized linear; what it can it shares with the model.
 
     Args:
-        model: a quantized model, lowered or not.
-        dtype: of its float parameters and buffers; what has it already is not copied.
+        model: a quantized model, lowered or not; it is not changed.
+        dtype: of its float parameters and buffers.
     """
-    linears = quantized_linears(model)
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(b): b.detach() for b in model.buffers()}
-    twin = copy.deepcopy(model, memo)
-    names = {id(m): n for n, m in linears.items()}
+    names = {id(m): n for n, m in quantized_linears(model).items()}
     originals = dict(model.named_modules(remove_duplicate=False))
+    twin = copy_in(model, dtype)
     for path, module in twin.named_modules():
         if isinstance(module, QLinear) and not isinstance(module, Whole):
             original = originals[path]
@@ -105,4 +102,27 @@ def opaque_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for leaf, child in list(module._modules.items()):
             if isinstance(child, Whole):
                 del module._modules[leaf]
-    return twin.to(dtype).eval()
+    return twin.eval()
+
+
+def copy_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose float parameters and biases have a dtype; it shares memory with the model where nothing is cast.
+
+    Buffers that a class computes for itself (those that `state_dict` leaves out) keep theirs, as they do where
+    transformers loads a model in a dtype: rotary frequencies in float16 would turn far positions by a radian.
+    """
+    made: dict[int, Any] = {id(p): nn.Parameter(_cast(p.detach(), dtype), False) for p in model.parameters()}
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in made:
+                kept = leaf in module._non_persistent_buffers_set or (isinstance(module, QLinear) and leaf != "bias")
+                made[id(buffer)] = buffer.detach() if kept else _cast(buffer.detach(), dtype)
+    twin = copy.deepcopy(model, made)
+    for module in twin.modules():
+        if isinstance(module, QLinear):
+            module.dtype = dtype
+    return twin.eval()
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -63,32 +63,42 @@ class OnnxModel:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits `[batch, sequence, vocabulary]`, float32, of ids `[batch, sequence]` without a past."""
+        """Logits `[batch, sequence, vocabulary]`, float32, of ids `[batch, sequence]` without a past.
+
+        Args:
+            input_ids: tokens.
+            attention_mask: 0 for padding, on the left or right; where the file takes positions, the first token has 0.
+        """
         ids = input_ids.cpu().numpy().astype(np.int64)
         mask = np.ones_like(ids) if attention_mask is None else attention_mask.cpu().numpy().astype(np.int64)
         return torch.from_numpy(self._run(ids, mask, self._empty(len(ids)))["logits"].astype(np.float32))
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy continuation: ids `[batch, sequence + max_new_tokens]`, with the cache if the file has one."""
+    def generate(self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None = None) -> Tensor:
+        """Greedy continuation: ids `[batch, sequence + max_new_tokens]`, with the cache if the file has one.
+
+        Args:
+            input_ids: prompts.
+            max_new_tokens: how many to add.
+            attention_mask: 0 for padding, which is on the left.
+        """
         ids = input_ids.cpu().numpy().astype(np.int64)
+        mask = np.ones_like(ids) if attention_mask is None else attention_mask.cpu().numpy().astype(np.int64)
         past, feed = self._empty(len(ids)), ids
         for _ in range(max_new_tokens):
-            mask = np.ones_like(ids)
             out = self._run(feed, mask, past)
             token = out["logits"][:, -1:].argmax(-1).astype(np.int64)
-            ids = np.concatenate([ids, token], 1)
+            ids, mask = np.concatenate([ids, token], 1), np.concatenate([mask, np.ones_like(token)], 1)
             if self.has_cache:
                 past = {k.replace("present", "past_key_values", 1): v for k, v in out.items() if k != "logits"}
             feed = token if self.has_cache else ids
         return torch.from_numpy(ids)
 
     def _run(self, ids: np.ndarray, mask: np.ndarray, past: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if not self.has_cache:
-            mask = mask[:, -ids.shape[1] :]
-        start = mask.shape[1] - ids.shape[1]
-        positions = np.broadcast_to(np.arange(start, mask.shape[1], dtype=np.int64), ids.shape)
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": np.ascontiguousarray(positions), **past}
+        """One run; the mask is of the past and the ids."""
+        # as transformers' generate: padding does not count
+        positions = np.ascontiguousarray(np.maximum(mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :])
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
         values = self.session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})
         return dict(zip(self._outputs, values, strict=True))
 

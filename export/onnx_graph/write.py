@@ -55,7 +55,7 @@ class OnnxExport:
         graphs: the files.
         layers: scheme, first node, and note of each quantized linear.
         session_options: what a session on a CPU should be opened with.
-        notes: what was not checked, and why.
+        notes: what was not checked, or has no cache, and why.
         bytes: of the graphs and their weights.
         seconds: taken.
     """
@@ -110,7 +110,7 @@ def onnx(
         folder: where to. What is there is replaced if qfx wrote it.
         target: "ort-cpu", "ort-cuda" or "tensorrt".
         example: one batch, inputs by name, for models that do not take `input_ids`.
-        cache: whether a decoder takes and gives keys and values; None: if it can.
+        cache: whether a decoder takes and gives keys and values; None: if it can, else `notes` says why not.
         dtype: of the float parts, "float32" or "float16"; None: the target's own.
         opset: of ai.onnx, 21 to 25.
         accuracy_level: of weights of 2 to 8 bits with float inputs on a CPU: 0 computes in float, as the model does; 4
@@ -206,9 +206,10 @@ def _export(
             write_configs(made, model)
             for i, form in enumerate(forms):
                 show("export", i, len(forms))
-                done.graphs.append(graphs.write(made, model, form, choices, done, features, asked.check))
-                if form.cache:
-                    write_genai(made, model, form)
+                graph, exported = graphs.write(made, model, form, choices, done, features, asked.check)
+                done.graphs.append(graph)
+                if exported.cache:
+                    write_genai(made, model, exported)
             show("export", len(forms), len(forms))
             write_report(made, info.report)
             done.bytes = sum(p.stat().st_size for p in made.iterdir() if ".onnx" in p.name)
