@@ -1,25 +1,26 @@
 """Checkpoints for other engines, as transformers loads them, beside their models: the tables of docs/checkpoints.md.
 
-    python benchmarks/checkpoints.py tiny [--only gptq]
+    TORCHDYNAMO_DISABLE=1 python benchmarks/checkpoints.py tiny [--only gptq]
     python benchmarks/checkpoints.py models MODEL_DIR ... --text calibration.txt
     python benchmarks/checkpoints.py markdown docs/checkpoints.md
 
 `tiny`: every format and scheme on tiny random models. `models`: some of them on whole models. Each is saved, loaded by
 transformers with the format's own packages on the CPU in float32, and run: how far are its logits from those of the
-model that was saved? A package that is not there gives a row that says so. Results go to
-benchmarks/results/checkpoints.json. It fails if transformers does not load a folder whole.
+model that was saved? A package that is not there gives a row that says so. The variable saves
+GPTQModel's compilations. Results go to benchmarks/results/checkpoints.json. It fails if transformers does not load a
+folder whole.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.metadata
 import importlib.util
 import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from qfx.data import text_batches
 from qfx.modules.linear import QLinear
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from tests.export.checkpoints.models import distance, logits, wide
+from tests.export.checkpoints.models import distance, logits, quantized, wide
 from tests.zoo import ZOO
 
 RESULTS = Path("benchmarks/results/checkpoints.json")
@@ -101,7 +102,7 @@ def main() -> None:
         for case in CASES if a.part == "tiny" else WHOLE:
             if a.only and case.format not in a.only.split(","):
                 continue
-            rows[f"{name} | {case.label}"] = row = _row(case, model, batches, tokenizer)
+            rows[f"{name} | {case.label}"] = row = _row(name, case, model, batches, tokenizer)
             print(f"{name:12} {case.label:42} {row}", flush=True)
             _save(stored, a.part, rows)
     if failed := [name for name, row in rows.items() if "failed" in row]:
@@ -123,13 +124,17 @@ def _models(a: argparse.Namespace) -> Any:
         yield folder.name, model, text_batches(a.text, tokenizer, sequence=256, samples=34, batch_size=2), tokenizer
 
 
-def _row(case: Case, model: nn.Module, batches: list[dict[str, Tensor]], tokenizer: Any) -> dict[str, Any]:
+def _row(name: str, case: Case, model: nn.Module, batches: list[dict[str, Tensor]], tokenizer: Any) -> dict[str, Any]:
     """Differences of logits, all relative, or why there are none."""
     if lacking := [name for name in NEEDS[case.format] if importlib.util.find_spec(name) is None]:
         return {"missing": lacking}
     *calibration, inputs = batches
-    recipe = {"schemes": {"*": case.scheme}, "steps": list(case.steps), "ignore": ["@head"]}
-    ours = qfx.quantize(model, recipe, calibration, progress=False)
+    x = parse_scheme(case.scheme).input
+    if name in TINY and not case.steps and (x is None or x.dynamic):
+        ours = quantized(name, case.scheme)  # what quantize gives, without its capture
+    else:
+        recipe = {"schemes": {"*": case.scheme}, "steps": list(case.steps), "ignore": ["@head"]}
+        ours = qfx.quantize(model, recipe, calibration, progress=False)
     with tempfile.TemporaryDirectory() as made:
         try:
             qfx.save(ours, Path(made) / "out", format=case.format, tokenizer=tokenizer)
@@ -140,15 +145,12 @@ def _row(case: Case, model: nn.Module, batches: list[dict[str, Tensor]], tokeniz
             return {"failed": wrong}
         # some packages work in the folder until the model has run
         got, want = logits(theirs, inputs), logits(ours, inputs)
-    same = _as_read(case, ours)
     return {
         "norm": distance(got, want),
         "max": float((got - want).abs().max() / want.abs().max()),
-        "as_read": None if same is None else distance(got, logits(same, inputs)),
-        "rounding": distance(logits(model, inputs), want),
-        "linear": type(
-            theirs.get_submodule(next(n for n, m in ours.named_modules() if isinstance(m, QLinear)))
-        ).__name__,
+        "linear": _worst_linear(case, theirs, ours),
+        "last_bits": _last_bits(ours, inputs, want),
+        "float": distance(logits(model, inputs), want),
     }
 
 
@@ -175,22 +177,43 @@ def _load(case: Case, folder: Path) -> tuple[Any, str]:
     return model.eval(), str(wrong) if wrong else ""
 
 
-def _as_read(case: Case, model: nn.Module) -> nn.Module | None:
-    """The same model, computed by qfx as the reader computes it on a CPU, where that is known to differ.
+def _worst_linear(case: Case, theirs: nn.Module, ours: nn.Module) -> float:
+    """The largest difference of one linear's outputs, where qfx computes as the reader does on a CPU.
 
-    GPTQModel holds scales in float16. compressed-tensors has integer inputs down to -128, and divides dynamic ones by
-    127.5.
+    GPTQModel rounds scales, weights and biases to float16. compressed-tensors has integer inputs down to -128, and
+    divides dynamic ones by 127.5. Inputs are in float16, to which AWQ's kernel and LLM.int8 cast them.
     """
-    x = parse_scheme(case.scheme).input
-    if case.format == "compressed-tensors":
-        return None if x is None or x.grid.dtype.is_floating_point else wide(model)
-    if case.format == "bitsandbytes":
-        return None
-    model = copy.deepcopy(model)
-    for module in model.modules():
+    found = []
+    for path, module in (wide(ours) if case.format == "compressed-tensors" else ours).named_modules():
         if isinstance(module, QLinear):
-            module.weight_scale.copy_(module.weight_scale.half())
-    return model
+            x = torch.randn(2, 5, module.in_features, generator=torch.Generator().manual_seed(0)).half().float()
+            with torch.no_grad():
+                found.append(distance(theirs.get_submodule(path)(x), _compute(case, module, x)))
+    return max(found)
+
+
+def _compute(case: Case, module: QLinear, x: Tensor) -> Tensor:
+    if case.format in ("compressed-tensors", "bitsandbytes"):
+        return module(x)  # type: ignore[no-any-return]
+    q = module.qtensor()
+    weight = replace(q, scale=q.scale.half().float()).dequantize().half().float()
+    bias = None if module.bias is None else module.bias.half().float()
+    return nn.functional.linear(x, weight, bias)
+
+
+def _last_bits(model: nn.Module, inputs: dict[str, Tensor], want: Tensor) -> float:
+    """How far the logits go if each quantized linear's outputs are off by some 2^-22 of themselves."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        return out * (1 + 2**-22 * torch.randn(out.shape, generator=generator))
+
+    hooks = [m.register_forward_hook(disturb) for m in model.modules() if isinstance(m, QLinear)]
+    try:
+        return distance(logits(model, inputs), want)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _save(stored: dict[str, Any], part: str, rows: dict[str, Any]) -> None:
@@ -200,7 +223,7 @@ def _save(stored: dict[str, Any], part: str, rows: dict[str, Any]) -> None:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    hardware = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    hardware = f"CPU with {torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
     stored[part] = {"hardware": hardware, "versions": versions, "date": time.strftime("%Y-%m-%d"), "rows": rows}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
@@ -222,13 +245,16 @@ def _put(page: str, stored: dict[str, Any]) -> str:
 
 def _table(rows: dict[str, Any], cases: tuple[Case, ...]) -> list[str]:
     names = list(dict.fromkeys(key.split(" | ")[0] for key in rows))
-    head = ["format", "scheme", *names, "as the reader computes", "float model"]
+    head = ["format", "scheme", *names, "one linear", "last bits", "float model"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for case in cases:
         found = [rows.get(f"{name} | {case.label}", {}) for name in names]
-        near = [row["as_read"] for row in found if row.get("as_read") is not None]
-        far = [row["rounding"] for row in found if "rounding" in row]
-        ends = f"{max(near):.1e}" if near else "-", f"{min(far):.2f}" if far else "-"
+        near, bits, far = ([row[k] for row in found if k in row] for k in ("linear", "last_bits", "float"))
+        ends = (
+            (f"{max(near):.1e}" if max(near) else "0", f"{max(bits):.1e}", f"{min(far):.1e}")
+            if near
+            else ("-", "-", "-")
+        )
         lines.append("| " + " | ".join((case.label, *map(_cell, found), *ends)) + " |")
     return lines
 
@@ -237,8 +263,8 @@ def _cell(row: dict[str, Any]) -> str:
     if "missing" in row:
         return f"not installed: {', '.join(row['missing'])}"
     if "norm" in row:
-        return f"{row['norm']:.1e}, {row['max']:.1e}"
-    return next((f"{key}: {row[key]}" for key in ("refused", "failed") if key in row), "not run")
+        return "0" if row["max"] == 0 else f"{row['norm']:.1e}, {row['max']:.1e}"
+    return next((f"{key}: {row[key].partition(';')[0]}" for key in ("refused", "failed") if key in row), "not run")
 
 
 if __name__ == "__main__":
