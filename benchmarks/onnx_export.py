@@ -88,8 +88,8 @@ def main() -> None:
             raise SystemExit("onnx_export: models needs folders, --text and --calibration")
         for folder in a.paths:
             for recipe in (name for name in WHOLE if a.only in name):
-                key = f"{Path(folder).name} | {recipe}"
-                _save("models", {key: whole(folder, recipe, a)}, windows=a.max_windows or "all")
+                windows = f"{a.max_windows} windows" if a.max_windows else "all windows"
+                _save("models", {f"{Path(folder).name} | {recipe} | {windows}": whole(folder, recipe, a)})
     else:
         for page in map(Path, a.paths):
             page.write_text(_put(page.read_text(), stored))
@@ -190,7 +190,7 @@ def whole(folder: str, name: str, a: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def _save(part: str, rows: dict[str, Any], **more: Any) -> None:
+def _save(part: str, rows: dict[str, Any]) -> None:
     import onnxruntime
     import transformers
 
@@ -201,7 +201,6 @@ def _save(part: str, rows: dict[str, Any], **more: Any) -> None:
         "hardware": f"{cpu()}, {torch.get_num_threads()} threads",
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
-        **more,
         "rows": {**stored.get(part, {}).get("rows", {}), **rows},
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +242,17 @@ def _matrix_table(rows: dict[str, Any]) -> list[str]:
 
 
 COLUMNS = (
-    *("model", "recipe", "perplexity, qfx", "ONNX Runtime", "change", "eager attention", "same tokens", "eager's"),
+    *(
+        "model",
+        "recipe",
+        "text",
+        "perplexity, qfx",
+        "ONNX Runtime",
+        "change",
+        "eager attention",
+        "same tokens",
+        "eager's",
+    ),
     *("nodes", "bytes / qfx's", "s / qfx's", "ort-cuda", "tensorrt"),
 )
 

@@ -47,9 +47,9 @@ def capture(model: nn.Module, form: Form, dtype: torch.dtype, opset: int) -> ir.
     """
     twin = exportable(opaque_copy(model, dtype))
     config = getattr(twin, "config", None)
-    own = getattr(config, "_attn_implementation", None)
+    own: str = getattr(config, "_attn_implementation", None) or ""
     # sdpa is exported as masks with IsNaN and Where below opset 23
-    chosen = own is not None and _attention(twin, "eager")
+    chosen = bool(own) and _attention(twin, "eager")
     with torch.no_grad(), _quiet(), RealUnsqueeze():
         try:
             return _tidy(_program(twin, form, dtype, opset).model)
@@ -117,9 +117,9 @@ def _share_transposed(model: ir.Model) -> None:
     named = {v.name: v for v in graph.initializers.values() if v.shape is not None and len(v.shape) == 2}
     made = [v for name, v in named.items() if (name or "").startswith("val_")]
     for copy in made:
-        rows, columns = copy.shape or ()
         for source in named.values():
-            if source in made or source.shape != (columns, rows) or source.dtype != copy.dtype:
+            turned = tuple(reversed(tuple(source.shape or ())))
+            if source in made or copy.shape != turned or source.dtype != copy.dtype:
                 continue
             a, b = source.const_value, copy.const_value
             if a is None or b is None or not np.array_equal(a.numpy().T, b.numpy()):

@@ -125,6 +125,7 @@ class Emit:
     def _put(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         if (known := self._graph.initializers.get(name)) is not None:
             return known
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        shape = ir.Shape(tensor.shape.numpy())  # an initializer's sizes are numbers
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.register_initializer(value)
         return value

@@ -71,8 +71,9 @@ def _grouped_mm(input: Any, weight: Any, offs: Any) -> Any:
         weight: `[experts, in, out]`.
         offs: `[experts]`, the ends of the experts' rows.
     """
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
+    op: Any = opset18  # its types ask for literals
     experts = weight.shape[0]
     if experts == 1:
         return op.MatMul(input, op.Squeeze(weight, op.Constant(value_ints=[0])))
