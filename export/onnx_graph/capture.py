@@ -18,6 +18,7 @@ from onnx_ir import convenience
 from torch import nn
 
 from qfx.core.errors import CaptureError
+from qfx.export.onnx_graph.bfloat16 import widen
 from qfx.export.onnx_graph.forms import Form
 from qfx.export.onnx_graph.opaque import opaque_copy
 from qfx.export.onnx_graph.translations import RealUnsqueeze, translations
@@ -96,13 +97,14 @@ def exportable(twin: nn.Module) -> nn.Module:
 
 
 def _tidy(graph: ir.Model) -> ir.Model:
-    """Initializers get the names that they have in the model; texts that name the exporter's own files go."""
+    """Names of initializers as in the model, no operations in bfloat16; texts that name the exporter's own files go."""
     for name, value in list(graph.graph.initializers.items()):
         if name.startswith("model."):
             plain = name.removeprefix("model.")
             if plain not in graph.graph.initializers:
                 value.name = plain
     _share_transposed(graph)
+    widen(graph)
     for node in graph.graph.all_nodes():
         node.doc_string = None
         node.metadata_props.clear()
@@ -155,7 +157,9 @@ def _explain(model: nn.Module, form: Form, error: BaseException) -> str:
         error = inner
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THEIRS)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
-    kind, reason = type(error).__name__, next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # some messages are a heading and a list
+    kind, reason = type(error).__name__, " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     if missing := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", reason):
         advice = f"write what calls {missing[1].replace('.', '::')} with operations that ONNX has"
         kind, reason = "the operation", f"{missing[1].replace('.', '::')} {_MISSING}"

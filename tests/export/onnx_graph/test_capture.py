@@ -76,6 +76,23 @@ def test_complex_numbers_get_axes(dim: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(got, model(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
+class Narrow(nn.Module):
+    """A product in bfloat16, whatever the model's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.bfloat16() * (x + 1).bfloat16()
+        return (y[:, :, None] - y[:, None, :]).float() + x[:, :, None]
+
+
+def test_bfloat16_is_computed_in_float_and_rounded(tmp_path: Path) -> None:
+    """ONNX Runtime has no product of bfloat16 on a CPU; and each result is rounded."""
+    model, x = Narrow(), torch.randn(5, 4)
+    got = ran(model, form(torch.randn(3, 4)), tmp_path, x)
+    assert (got == model(x).numpy()).all()
+    y = x * (x + 1)
+    assert not np.allclose(got, y[:, :, None] - y[:, None, :] + x[:, :, None], atol=1e-4)
+
+
 class Choosy(nn.Module):
     """A model that offers two kinds of attention, of which some do not run."""
 
@@ -112,6 +129,11 @@ class Missing(nn.Module):
         return torch.special.bessel_j0(x)
 
 
+class Heading(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("What is wrong:\n  the first thing.\n  the second")
+
+
 class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x[: int(x.sum())] if x.sum() > 0 else x
@@ -124,6 +146,7 @@ class Branch(nn.Module):
             Missing(),
             "prims::bessel_j0 has no translation to ONNX. To do: write what calls prims::bessel_j0 with operations",
         ),
+        (Heading(), "ValueError: What is wrong: the first thing. To do: check"),
         (Branch(), "To do: remove the branch or loop that depends on values of tensors."),
     ],
 )
