@@ -25,6 +25,7 @@ from qfx.export.onnx_graph.translations import RealUnsqueeze, translations
 
 OPSETS = range(21, 26)
 """Those that torch exports and the ONNX checker takes: below there are no blocks, above attention fails the checker."""
+_TALKERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._subclasses", "transformers")
 _EXPERTS = "_experts_implementation_internal"
 _MISSING = "has no translation to ONNX"
 _NOT_THEIRS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
@@ -49,9 +50,9 @@ def capture(model: nn.Module, form: Form, dtype: torch.dtype, opset: int) -> ir.
     twin = exportable(opaque_copy(model, dtype))
     config = getattr(twin, "config", None)
     own: str = getattr(config, "_attn_implementation", None) or ""
-    # sdpa is exported as masks with IsNaN and Where below opset 23
-    chosen = bool(own) and _attention(twin, "eager")
     with torch.no_grad(), _quiet(), RealUnsqueeze():
+        # sdpa is exported as masks with IsNaN and Where below opset 23
+        chosen = bool(own) and _attention(twin, "eager")
         try:
             return _tidy(_program(twin, form, dtype, opset).model)
         except Exception as e:  # whatever the model's own code raises under tracing
@@ -137,12 +138,12 @@ def _share_transposed(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that are not there and of its own deprecations."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    """Without what the exporter says of absent packages, of its deprecations, and of failures that we tell."""
+    loggers = [logging.getLogger(name) for name in _TALKERS]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
