@@ -110,7 +110,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "parameters": [
             _parameter(path, module, name, slot)
             for path, module in model.named_modules()
-            for name, slot in _slots(module).items()
+            for name, slot in slots_of(module).items()
         ],
         "shifts": [path for path, module in model.named_modules() if isinstance(module, Shifted)],
         "online": [path for path, module in model.named_modules() if isinstance(module, Online)],
@@ -126,7 +126,8 @@ def _identity(found: Named) -> Any:
     return (found.kind, t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else id(t)
 
 
-def _slots(module: nn.Module) -> dict[str, Slot]:
+def slots_of(module: nn.Module) -> dict[str, Slot]:
+    """The quantized parameters of a module that is no linear, by name."""
     found = vars(module).get("_slots")
     return {k: v for k, v in found.items() if isinstance(v, Slot)} if isinstance(found, dict) else {}
 
@@ -162,7 +163,7 @@ def rebuild(model: nn.Module, manifest: Manifest) -> None:
     Raises:
         PackageError: the model is not of the form that the saved one had before it was quantized.
     """
-    if any(isinstance(m, QLinear | Shifted | Online) or _slots(m) for m in model.modules()):
+    if any(isinstance(m, QLinear | Shifted | Online) or slots_of(m) for m in model.modules()):
         raise PackageError("the model given is quantized already; pass a fresh float one")
     wanted = {
         n: t for group in manifest.ties for n in group if (t := manifest.tensors.get(group[0]))
@@ -239,7 +240,7 @@ def _put_parameter(model: nn.Module, entry: ParameterEntry) -> None:
         where, shape = f"{entry.owner}.{entry.name}".lstrip("."), None if old is None else list(old.shape)
         raise PackageError(f"{where} was a parameter of shape {entry.shape}, here it is {shape}; {_ADVICE}")
     empty_parameter(module, entry.name, entry.scheme, tuple(entry.layout), g_idx=entry.g_idx)
-    _slots(module)[entry.name].dtype = entry.dtype
+    slots_of(module)[entry.name].dtype = entry.dtype
 
 
 def unlike(model: nn.Module, fresh: nn.Module) -> str | None:

@@ -23,13 +23,14 @@ from qfx.passes.discover.linears import find_linears
 from qfx.passes.discover.plan import make_plan
 from qfx.passes.lower.graph import replace_linear
 
+from ._handover import codes_of, fake, finish
 from .core.errors import CalibrationError, CaptureError, KernelError, QfxError, RecipeError
 from .core.graph import Graph
 from .core.spec import Scheme, parse_scheme
 from .recipes import FLOAT, PRESETS, Recipe
 from .watched import Product, Slot, Weight
 
-OPTIONS = ("recipe", "then")
+OPTIONS = ("recipe", "then", "calibration", "calibrate")
 Compiled = Callable[..., Any]
 SHARED = (
     "backend: Dynamo calls one graph with the parameters of several layers, which patterns on names of layers cannot "
@@ -39,18 +40,37 @@ SHARED = (
 log = logging.getLogger("qfx")
 
 
-def backend(recipe: str | Path | Mapping[str, Any] | Recipe, *, then: str | Callable[..., Any] = "inductor") -> Backend:
+def backend(
+    recipe: str | Path | Mapping[str, Any] | Recipe | nn.Module,
+    *,
+    then: str | Callable[..., Any] = "inductor",
+    calibration: Any = None,
+    calibrate: int | None = None,
+    model: nn.Module | None = None,
+) -> Backend:
     """A backend for `torch.compile(model, backend=...)`.
 
     Args:
-        recipe: as for `quantize`, or a scheme's name ("W8A8" quantizes all but the head and routers). It may not need
-            calibration data.
+        recipe: as for `quantize`, or a scheme's name ("W8A8" quantizes all but the head and routers). Or what is
+            quantized already: a model that `quantize` or `load` gave, or the folder of one.
         then: the backend that compiles the rewritten graph, by name or itself.
+        calibration: as for `quantize`; the passes run once, when the first graph is compiled.
+        calibrate: instead of `calibration`, how many calls of the compiled model run in float and are recorded. The
+            passes run at the call that follows.
+        model: the float model, if it is not the model itself that is compiled but a function that calls it.
 
     Raises:
         RecipeError, CalibrationError: the recipe cannot be read, or needs data.
     """
-    return Backend(_recipe(recipe), then)
+    given: Any = recipe if _is_solved(recipe) else None
+    if given is None and calibration is None and calibrate is None:
+        return Backend(_recipe(recipe), then)
+    from .calibrated import CalibratedBackend  # it captures models, which few recipes need
+
+    if calibrate is not None and (isinstance(calibrate, bool) or not isinstance(calibrate, int) or calibrate < 1):
+        raise CalibrationError(f"backend: calibrate={calibrate!r} is no number of calls; use 1 or more")
+    chosen = Recipe() if given is not None else _recipe(recipe)
+    return CalibratedBackend(chosen, then, given=given, calibration=calibration, calibrate=calibrate or 0, model=model)
 
 
 def compile_graph(
@@ -61,10 +81,10 @@ def compile_graph(
     Args:
         gm: Dynamo's graph.
         examples: its inputs.
-        options: {"recipe": ..., "then": ...}, as for `backend`.
+        options: {"recipe": ..., "then": ..., "calibration": ..., "calibrate": ...}, as for `backend`.
         mode: not taken.
     """
-    with _told():
+    with told():
         if mode is not None:
             raise RecipeError(f"backend: mode {mode!r} is Inductor's; qfx takes options alone")
         options = dict(options or {})
@@ -72,7 +92,12 @@ def compile_graph(
             raise RecipeError(f"backend: unknown options {unknown}; use {', '.join(map(repr, OPTIONS))}")
         if "recipe" not in options:
             raise RecipeError("backend: no recipe; write torch.compile(..., options={'recipe': 'W8A8'})")
-        chosen = backend(**options)
+        if _is_solved(options["recipe"]) or options.keys() & {"calibration", "calibrate"}:
+            from .calibrated import shared_backend
+
+            chosen: Backend = shared_backend(options, backend)
+        else:
+            chosen = backend(**options)
     return chosen(gm, examples)
 
 
@@ -98,14 +123,7 @@ class Backend:
 
     def __post_init__(self) -> None:
         """Refuses a recipe that this backend cannot run, and a `then` that does not exist."""
-        if self.recipe.needs_data:
-            who = ", ".join(s.name for s in self.recipe.steps if s.needs_data) or "static inputs"
-            raise CalibrationError(
-                f"backend: the recipe measures activations ({who}), and there is no calibration set here; quantize "
-                "with qfx.quantize(model, recipe, calibration) and compile the result, or use a recipe without data"
-            )
-        if others := [s.name for s in self.recipe.steps if type(s) not in SOLVERS]:
-            raise RecipeError(f"backend: {', '.join(others)} needs the whole model; use qfx.quantize and compile that")
+        self._check_recipe()
         if self.then == "qfx" or isinstance(self.then, Backend):
             raise RecipeError("backend: 'then' compiles what qfx has rewritten, and cannot be qfx again")
         if isinstance(self.then, str):
@@ -115,21 +133,35 @@ class Backend:
                 known = ", ".join(torch._dynamo.list_backends())
                 raise RecipeError(f"backend: then={self.then!r} is no backend of torch.compile; {known} are") from None
 
+    def _check_recipe(self) -> None:
+        """Refuses a recipe for which a graph alone is not enough."""
+        if self.recipe.needs_data:
+            who = ", ".join(s.name for s in self.recipe.steps if s.needs_data) or "static inputs"
+            raise CalibrationError(
+                f"backend: the recipe measures activations ({who}), and there is no calibration set here; give "
+                "calibration=batches or calibrate=N, or what qfx.quantize returned instead of the recipe"
+            )
+        if others := [s.name for s in self.recipe.steps if type(s) not in SOLVERS]:
+            raise RecipeError(f"backend: {', '.join(others)} needs the whole model; give calibration=batches")
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        if options:
+            raise RecipeError(f"backend: qfx.backend(...) is configured already; remove {', '.join(options)}")
+
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Compiled:
         """Compiles one graph of Dynamo's."""
-        with _told():
-            if options:
-                raise RecipeError(f"backend: qfx.backend(...) is configured already; remove {', '.join(options)}")
-            _check_inputs(gm, examples)
+        with told():
+            self._check_options(options)
+            check_inputs(gm, examples)
             self.graphs += 1
             if not any(isinstance(x, nn.Parameter) and x.dim() > 1 for x in examples):
                 return self._compile(gm, list(examples))  # type: ignore[no-any-return]
             with torch.inference_mode(False), torch.no_grad():
                 traced = trace(gm, examples)
                 weights = self._rewrite(traced, examples)
-            rewritten, kept = _finish(traced, gm, [weight.module for _, weight in weights])
+            rewritten, kept = finish(traced, gm, codes_of(weight.module for _, weight in weights))
         slots = [Slot(traced.positions[name], weight) for name, weight in weights]
-        codes = [_fake(t) for slot in slots for t in slot.weight.tensors]
+        codes = [fake(t) for slot in slots for t in slot.weight.tensors]
         inner = self._compile(rewritten, [*(examples[i] for i in kept), *codes])
         only = [(at, weakref.ref(examples[at])) for at in traced.positions.values()] if self._names_layers else []
 
@@ -182,6 +214,12 @@ class Backend:
         return used
 
 
+def _is_solved(recipe: Any) -> bool:
+    """Whether a model is given, or the folder of one, and not a recipe."""
+    is_folder = isinstance(recipe, str | Path) and str(recipe) not in PRESETS and Path(recipe).is_dir()
+    return isinstance(recipe, nn.Module) or is_folder
+
+
 def _recipe(value: Any) -> Recipe:
     is_name = isinstance(value, str) and value not in PRESETS and not value.endswith((".yaml", ".yml"))
     if is_name and not Path(value).is_file():
@@ -192,7 +230,8 @@ def _recipe(value: Any) -> Recipe:
     return Recipe.load(value)
 
 
-def _check_inputs(gm: fx.GraphModule, examples: Sequence[Any]) -> None:
+def check_inputs(gm: fx.GraphModule, examples: Sequence[Any]) -> None:
+    """Raises what is wrong with a call, whichever the recipe is."""
     if next(gm.parameters(), None) is not None:
         raise CaptureError(
             "backend: Dynamo keeps the parameters inside of its graph, where a change of theirs cannot be seen; set "
@@ -226,52 +265,8 @@ def _fused(graph: Graph) -> dict[str, str]:
     return found
 
 
-def _finish(traced: Traced, gm: fx.GraphModule, modules: Sequence[nn.Module]) -> tuple[fx.GraphModule, list[int]]:
-    """The rewritten graph, and which of Dynamo's inputs it still has: none that nothing reads any more.
-
-    The quantized weights are inputs behind those: Dynamo calls one graph with the parameters of several layers.
-    """
-    graph, positions = traced.graph.fx, traced.positions
-    graph.eliminate_dead_code()
-    inputs = {name: traced.placeholders[at] for name, at in positions.items()}
-    with graph.inserting_after(traced.placeholders[-1]):
-        for i, module in reversed(list(enumerate(modules))):
-            for leaf, _ in reversed(list(module.named_buffers())):
-                node = inputs[f"qfx_{i}.{leaf}"] = graph.placeholder(f"qfx_{i}_{leaf}")
-                node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-                node._dynamo_source = None  # type: ignore[attr-defined]
-    for node in list(graph.find_nodes(op="get_attr")):
-        if (value := inputs.get(str(node.target))) is not None:
-            value.meta.setdefault("val", node.meta["val"])
-            node.replace_all_uses_with(value)
-            graph.erase_node(node)
-    theirs = list(gm.graph.find_nodes(op="placeholder"))
-    kept = []
-    for at, node in enumerate(traced.placeholders):
-        if at in positions.values() and not node.users:
-            graph.erase_node(node)
-            continue
-        kept.append(at)
-        # what tells the next backend which inputs keep their addresses
-        node.meta |= {k: theirs[at].meta[k] for k in ("tensor_dict", "example_value") if k in theirs[at].meta}
-        node._dynamo_source = getattr(theirs[at], "_dynamo_source", None)  # type: ignore[attr-defined]
-    rewritten = fx.GraphModule(traced.graph.module, graph, "Quantized")
-    if not list(rewritten.parameters()) and not list(rewritten.buffers()):
-        rewritten.meta |= {k: v for k, v in gm.meta.items() if k == "dynamo_compile_id"}
-        rewritten._param_name_to_source = {}  # type: ignore[assignment]
-    return rewritten, kept
-
-
-def _fake(value: Tensor) -> Any:
-    """An input of fixed sizes for the next backend, which would let those of a real tensor vary."""
-    context = torch._guards.TracingContext.try_get()
-    if context is None or context.fake_mode is None:
-        return value
-    return context.fake_mode.from_tensor(value, static_shapes=True)
-
-
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """Sees that an error is heard of where Dynamo is set to go on without the backend."""
     try:
         yield

@@ -21,6 +21,9 @@ IMPORT_PASSES = {
     "cli",
     "backend",
     "watched",
+    "_handover",
+    "solution",
+    "calibrated",
     "explain",
 }
 MAX_LINES = 400

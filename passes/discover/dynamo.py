@@ -43,12 +43,13 @@ class Traced:
     placeholders: list[fx.Node]
 
 
-def trace(gm: fx.GraphModule, examples: Sequence[Any]) -> Traced:
+def trace(gm: fx.GraphModule, examples: Sequence[Any], root: nn.Module | None = None) -> Traced:
     """Traces Dynamo's graph; its inputs' sizes stay as open as Dynamo has them.
 
     Args:
         gm: what a backend of `torch.compile` gets; it is not changed.
         examples: with it. Parameters are the model's own.
+        root: the model, in which names are found; None takes `compiled_model()`.
 
     Raises:
         CaptureError: the graph trains, or does not trace; the message says where.
@@ -71,7 +72,7 @@ def trace(gm: fx.GraphModule, examples: Sequence[Any]) -> Traced:
     _check_modes(traced.graph)
     canonicalize(traced)
     placeholders = list(traced.graph.find_nodes(op="placeholder"))
-    root = _compiled_model()
+    root = compiled_model() if root is None else root
     _name_modules(traced.graph, root)
     names = _parameter_names(gm, examples, root)
     first = next(n for n in traced.graph.nodes if n.op != "placeholder")
@@ -103,7 +104,7 @@ def _check_modes(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _compiled_model() -> nn.Module | None:
+def compiled_model() -> nn.Module | None:
     """The model whose call made Dynamo compile: names of modules are found in it.
 
     After a graph break Dynamo sees a submodule's frame alone, in which a layer has no name of its own. The callers'
@@ -132,7 +133,7 @@ def _name_modules(graph: fx.Graph, root: nn.Module | None) -> None:
         for key, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
             number = re.match(r"\d+", str(key))
             known = paths.get(int(number[0])) if number else None
-            stack[key] = (known if known is not None else _path(path), kind)
+            stack[key] = (known if known is not None else parameter_path(path), kind)
         outermost = next(iter(stack.values()))[0] if stack else ""
         parts = outermost.split(".")[:-1]
         around = [".".join(parts[: i + 1]) for i in range(len(parts))]  # of the frame that Dynamo saw
@@ -146,18 +147,19 @@ def _parameter_names(gm: fx.GraphModule, examples: Sequence[Any], root: nn.Modul
     names = {}
     for at, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if isinstance(examples[at], nn.Parameter):
-            name = known.get(id(examples[at])) or _path(_source(node))
+            name = known.get(id(examples[at])) or parameter_path(input_source(node))
             names[at] = name if name not in taken else f"{name}_{at}"
             taken.add(names[at])
     return names
 
 
-def _source(node: fx.Node) -> str:
+def input_source(node: fx.Node) -> str:
+    """Where Dynamo takes an input of its graph from, as Python: `L['input_ids']`."""
     name = getattr(getattr(node, "_dynamo_source", None), "name", None)
     return str(name() if callable(name) else name or f"input.{node.name}")
 
 
-def _path(source: str) -> str:
+def parameter_path(source: str) -> str:
     """`L['self']._modules['h']._modules['0']._parameters['w']` and `L['self'].h[0].w` are h.0.w."""
     steps = ["".join(groups) for groups in _STEP.findall(source)]
     first = 1 if source.startswith(("L[", "G[")) else 0

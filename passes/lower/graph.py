@@ -7,6 +7,7 @@ einsum, reads the dequantized weight.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from qfx.core.errors import KernelError
 from qfx.core.graph import Graph
 from qfx.core.linear import Linear
 from qfx.core.passes import Solved
+from qfx.core.qtensor import fake_quantize
 from qfx.core.simulate import FakeQuantize
 from qfx.core.spec import QSpec, Scheme
 from qfx.kernels.pack import dequantize_stored, store
@@ -25,6 +27,7 @@ from qfx.modules.linear import QLinear
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.linear.default: 0, aten.matmul.default: 0, aten.mm.default: 0, aten.addmm.default: 1}
+_STATIC = ("input_scale", "input_zero")
 
 
 class Dequantize(nn.Module):
@@ -33,20 +36,40 @@ class Dequantize(nn.Module):
     Attributes:
         scheme: of the layer.
         call: computes the weight from the buffers.
+
+    Args:
+        stored: the weight, as `store` gives it, and `input_scale` and `input_zero` if the input is static.
+        scheme: as above.
+        columns: inputs of the layer.
+        layout: the permutation that takes canonical dims to the parameter's own.
+        dtype: of the weight.
     """
 
-    def __init__(self, solved: Solved, parameter: Tensor) -> None:
+    def __init__(
+        self,
+        stored: Mapping[str, Tensor | None],
+        scheme: Scheme,
+        columns: int,
+        layout: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
+        keys = tuple(key for key, value in stored.items() if value is not None and key not in _STATIC)
+        self.scheme = scheme
+        self.call = Dequantizer(scheme.weight, keys, columns, layout, dtype)
+        for key, value in stored.items():
+            if value is not None:
+                self.register_buffer(key, value)
+
+    @classmethod
+    def of(cls, solved: Solved, parameter: Tensor) -> Dequantize:
+        """What a solver gave for a parameter, with an input that is not static."""
         linear, stored = solved.linears[0], store(solved.qtensor.to(parameter.device))
         order = [a for group in linear.axes for a in group]
         if len(order) != solved.qtensor.codes.dim():
             raise KernelError(f"lower: {linear.name} has {len(order)} axes, more than experts, out, in")
         layout = tuple(order.index(i) for i in range(len(order)))
-        keys = tuple(key for key, value in stored.items() if value is not None)
-        self.scheme = solved.scheme
-        self.call = Dequantizer(solved.scheme.weight, keys, solved.qtensor.codes.shape[-1], layout, parameter.dtype)
-        for key in keys:
-            self.register_buffer(key, stored[key])
+        return cls(stored, solved.scheme, solved.qtensor.codes.shape[-1], layout, parameter.dtype)
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,19 @@ class Dequantizer:
         return weight.to(self.dtype).permute(self.layout).contiguous()
 
 
+@dataclass(frozen=True)
+class StaticQuantize:
+    """The target of a node that quantizes and dequantizes its input by a scale, and a zero point, that it reads."""
+
+    spec: QSpec
+
+    __name__ = "static_quantize"
+
+    def __call__(self, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Values of x's dtype on the grid."""
+        return fake_quantize(x, scale, zero, self.spec)
+
+
 def quantized_weight(linear: Linear, solved: Solved, parameter: Tensor) -> QLinear | Dequantize:
     """The module that holds a solved weight and calls what computes it, on the parameter's device.
 
@@ -85,16 +121,21 @@ def quantized_weight(linear: Linear, solved: Solved, parameter: Tensor) -> QLine
         KernelError: no op computes the scheme.
     """
     if not by_op(linear):
-        return Dequantize(solved, parameter)
+        return Dequantize.of(solved, parameter)
     qtensor = solved.qtensor.to(parameter.device)
     given: Any = {"input_scale": solved.input_scale, "input_zero": solved.input_zero}
     module = QLinear.from_qtensor(qtensor, None, solved.scheme, dtype=parameter.dtype, **given)
-    if parameter.device.type == "cuda":
+    fit_kernel(module, parameter.device)
+    return module
+
+
+def fit_kernel(module: QLinear, device: torch.device) -> None:
+    """Gives a quantized linear on a CUDA device the layout of the kernel that computes it."""
+    if device.type == "cuda":
         kernel, _ = choose_kernel(module.scheme, module.in_features, module.out_features, module.has_g_idx)
         if kernel in KERNELS:
             with contextlib.suppress(KernelError):  # groups of unequal sizes: it reads the weight as it is stored
                 module.use_kernel(kernel)
-    return module
 
 
 def by_op(linear: Linear) -> bool:
@@ -187,7 +228,7 @@ def _dequantize(graph: Graph, linear: Linear, module: Dequantize, name: str) -> 
         at, source = read
         _read_codes(graph, at, source, module, name)
     if scheme.input is not None:
-        _quantize_input(graph, linear, scheme)
+        _quantize_input(graph, linear, module, name)
     graph.touch()
 
 
@@ -199,10 +240,13 @@ def _read_codes(graph: Graph, at: fx.Node, source: fx.Node, module: Dequantize, 
     at.replace_input_with(source, weight)
 
 
-def _quantize_input(graph: Graph, linear: Linear, scheme: Scheme) -> None:
-    assert scheme.input is not None
+def _quantize_input(graph: Graph, linear: Linear, module: Dequantize, name: str) -> None:
+    spec = module.scheme.input
+    assert spec is not None
+    target = FakeQuantize(spec) if spec.dynamic else StaticQuantize(spec)
     with graph.fx.inserting_before(linear.node):
-        node = graph.fx.call_function(FakeQuantize(scheme.input), (linear.x,))
+        static = tuple(_attribute(graph.fx, key, module, name) for key in _STATIC if hasattr(module, key))
+        node = graph.fx.call_function(target, (linear.x, *static))
     node.meta = dict(linear.x.meta)
     linear.node.replace_input_with(linear.x, node)
     linear.x = node
