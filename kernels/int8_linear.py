@@ -164,7 +164,7 @@ def _int_mm_is_exact(device: torch.device) -> bool:
 
 
 def _int_mm_is_slow(device: torch.device) -> bool:
-    """CPUs without AVX-512 have no fast int8 dots: there float32 is 20 times as fast, but for the fewest rows."""
+    """CPUs without AVX-512 have no fast int8 dots: there float32 is faster, but for the fewest rows."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 

@@ -114,7 +114,7 @@ def onnx(
         dtype: of the float parts, "float32" or "float16"; None: the target's own.
         opset: of ai.onnx, 21 to 25.
         accuracy_level: of weights of 2 to 8 bits with float inputs on a CPU: 0 computes in float, as the model does; 4
-            rounds the inputs to int8 in blocks, which is about twice as fast.
+            rounds the inputs to int8 in blocks, for speed.
         tokenizer: as `qfx.save` takes it.
         overwrite: False raises if there is an exported or saved model.
         check: validate, lint, and, where onnxruntime is installed, run the files and count what it fuses.
