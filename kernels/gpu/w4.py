@@ -124,6 +124,9 @@ def _kernel(
     SPAN: tl.constexpr = WORDS // 2 if HALVED else WORDS
     rows = tl.arange(0, BN)
     rn = pn * BN + rows
+    held = rn
+    if BN > 128:  # an odd number of tiles of 128 rows: the last program has rows behind the last one in memory
+        held = tl.minimum(rn, s_stride - 1)
     rt = pt * BT + tl.arange(0, BT)
     live = (rt < M)[None, :]
     # 128 rows of 128 columns are consecutive in memory; BN divides 128, or is a multiple of it
@@ -134,9 +137,9 @@ def _kernel(
         if HIGH:
             hp += rows[:, None] * HIGH + tl.arange(0, HIGH)[None, :]
     else:
-        tile = (rn // 128).to(tl.int64) * blocks * TILE
-        wp = w_ptr + (tile + (rn % 128) * WORDS)[:, None] + tl.arange(0, SPAN)[None, :]
-        hp = w_ptr + (tile + (rn % 128) * HIGH + 128 * WORDS)[:, None]
+        tile = (held // 128).to(tl.int64) * blocks * TILE
+        wp = w_ptr + (tile + (held % 128) * WORDS)[:, None] + tl.arange(0, SPAN)[None, :]
+        hp = w_ptr + (tile + (held % 128) * HIGH + 128 * WORDS)[:, None]
         if HIGH:
             hp += tl.arange(0, HIGH)[None, :]
     wp += first * (UNROLL * TILE)
@@ -149,12 +152,12 @@ def _kernel(
     plain = tl.full(rn.shape, 0 if DECODE == "int4" else MIDDLE, tl.uint8)
     # Scales and zero points are loaded one block ahead: their latency passes while a block is computed.
     if GROUP == 64:
-        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2), groups, s_stride, rn, ZERO, MIDDLE)
-        s1, z1 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2) + 1, groups, s_stride, rn, ZERO, MIDDLE)
+        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2), groups, s_stride, held, ZERO, MIDDLE)
+        s1, z1 = _load_group(s_ptr, z_ptr, first * (UNROLL * 2) + 1, groups, s_stride, held, ZERO, MIDDLE)
     elif GROUP >= 128:
-        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 128) // GROUP, groups, s_stride, rn, ZERO, MIDDLE)
+        s0, z0 = _load_group(s_ptr, z_ptr, first * (UNROLL * 128) // GROUP, groups, s_stride, held, ZERO, MIDDLE)
     else:
-        s0, z0 = _load_group(s_ptr, z_ptr, 0, groups, s_stride, rn, ZERO, MIDDLE)
+        s0, z0 = _load_group(s_ptr, z_ptr, 0, groups, s_stride, held, ZERO, MIDDLE)
     for step in range(first, last):
         for i in tl.static_range(UNROLL):
             block = step * UNROLL + i
@@ -174,17 +177,17 @@ def _kernel(
             elif GROUP >= 128:
                 x = _load_x(at, live, k, K, EVEN_K)
                 g = (block + 1) * 128 // GROUP
-                s_next, z_next = _load_group(s_ptr, z_ptr, g, groups, s_stride, rn, ZERO, MIDDLE)
-                z0 = _zero_of(z0, z_ptr, block * 128 // GROUP, groups, s_stride, rn, INSIDE)
+                s_next, z_next = _load_group(s_ptr, z_ptr, g, groups, s_stride, held, ZERO, MIDDLE)
+                z0 = _zero_of(z0, z_ptr, block * 128 // GROUP, groups, s_stride, held, INSIDE)
                 a = decode(w, z0, table_ptr, DECODE, ZERO, F16, ASM, h)
                 acc += _product(a, x, INT) * s0[:, None]
                 s0, z0 = s_next, z_next
             elif GROUP == 64:
                 x0, x1 = _load_x(at, live, k, K, EVEN_K), _load_x(at + 64, live, k + 64, K, EVEN_K)
-                t0, u0 = _load_group(s_ptr, z_ptr, block * 2 + 2, groups, s_stride, rn, ZERO, MIDDLE)
-                t1, u1 = _load_group(s_ptr, z_ptr, block * 2 + 3, groups, s_stride, rn, ZERO, MIDDLE)
-                z0 = _zero_of(z0, z_ptr, block * 2, groups, s_stride, rn, INSIDE)
-                z1 = _zero_of(z1, z_ptr, block * 2 + 1, groups, s_stride, rn, INSIDE)
+                t0, u0 = _load_group(s_ptr, z_ptr, block * 2 + 2, groups, s_stride, held, ZERO, MIDDLE)
+                t1, u1 = _load_group(s_ptr, z_ptr, block * 2 + 3, groups, s_stride, held, ZERO, MIDDLE)
+                z0 = _zero_of(z0, z_ptr, block * 2, groups, s_stride, held, INSIDE)
+                z1 = _zero_of(z1, z_ptr, block * 2 + 1, groups, s_stride, held, INSIDE)
                 a0, a1 = _halves(decode(w, plain, table_ptr, DECODE, False, F16, ASM, h), BN, 128)
                 acc += _product(_minus(a0, z0, DECODE, ZERO, MIDDLE), x0, INT) * s0[:, None]
                 acc += _product(_minus(a1, z1, DECODE, ZERO, MIDDLE), x1, INT) * s1[:, None]
@@ -199,10 +202,10 @@ def _kernel(
                     low, high = _halves(decode(w, plain, table_ptr, DECODE, False, F16, ASM, h), BN, 128)
                     a0, a1 = _halves(low, BN, 64)
                     a2, a3 = _halves(high, BN, 64)
-                t0, u0 = _load_group(s_ptr, z_ptr, block * 4, groups, s_stride, rn, ZERO, MIDDLE)
-                t1, u1 = _load_group(s_ptr, z_ptr, block * 4 + 1, groups, s_stride, rn, ZERO, MIDDLE)
-                t2, u2 = _load_group(s_ptr, z_ptr, block * 4 + 2, groups, s_stride, rn, ZERO, MIDDLE)
-                t3, u3 = _load_group(s_ptr, z_ptr, block * 4 + 3, groups, s_stride, rn, ZERO, MIDDLE)
+                t0, u0 = _load_group(s_ptr, z_ptr, block * 4, groups, s_stride, held, ZERO, MIDDLE)
+                t1, u1 = _load_group(s_ptr, z_ptr, block * 4 + 1, groups, s_stride, held, ZERO, MIDDLE)
+                t2, u2 = _load_group(s_ptr, z_ptr, block * 4 + 2, groups, s_stride, held, ZERO, MIDDLE)
+                t3, u3 = _load_group(s_ptr, z_ptr, block * 4 + 3, groups, s_stride, held, ZERO, MIDDLE)
                 acc += _product(_minus(a0, u0, DECODE, ZERO, MIDDLE), x0, INT) * t0[:, None]
                 acc += _product(_minus(a1, u1, DECODE, ZERO, MIDDLE), x1, INT) * t1[:, None]
                 acc += _product(_minus(a2, u2, DECODE, ZERO, MIDDLE), x2, INT) * t2[:, None]
