@@ -4,6 +4,10 @@
 
 Kernels are compiled first, without the sanitizer. Then each tool runs them in a few processes; what a tool reports
 between the lines that a process prints around a kernel is that kernel's. Exits with 1 if there is any error.
+
+Races that are in Triton's start of warps of another kind alone are counted apart. A warp waits there for what the
+first warps write to shared memory to tell it where to begin, behind barriers that racecheck does not follow: the
+kernel `control: warps of two kinds` has nothing else, and gets the same report.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import qfx.kernels
+
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
 
@@ -37,6 +43,8 @@ BEGIN, END = "@@ begin ", "@@ end "
 RECORD = re.compile(
     r"^========= (Invalid|Error|Warning|Race|Uninitialized|Barrier|Divergent|Missing|Malloc|Unused|Potential)"
 )
+PLACE = re.compile(r" in (?:\S*/)?(\w+\.py):(\d+)")
+SOURCES = (HERE / "bench", Path(qfx.kernels.__file__).parent / "gpu")
 SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
@@ -76,13 +84,27 @@ def run(prefix: list[str], names: list[str], limit: float) -> str:
             return str(process.communicate()[0]) + f"\n@@ failed not done in {limit:.0f} s\n"
 
 
+def of_the_start(record: list[str]) -> bool:
+    """Whether all accesses of a report are in the first line of a kernel, or where it starts warps of another kind."""
+    places = [match.groups() for line in record for match in PLACE.finditer(line)]
+    return bool(places) and all(_starts(name, int(number)) for name, number in places)
+
+
+def _starts(name: str, number: int) -> bool:
+    lines = next(((f / name).read_text().splitlines() for f in SOURCES if (f / name).exists()), [])
+    line = lines[number - 1].lstrip() if number <= len(lines) else ""
+    return line.startswith(("def _", "gl.warp_specialize("))
+
+
 def read(output: str, names: list[str]) -> dict[str, Any]:
     """Reports of each kernel: `errors`, the first lines of them, and `failed` if it did not run to its end."""
-    found: dict[str, Any] = {n: {"errors": 0, "reports": [], "failed": "not reached"} for n in names}
+    found: dict[str, Any] = {n: {"errors": 0, "start": 0, "reports": [], "failed": "not reached"} for n in names}
+    records: dict[str, list[list[str]]] = {n: [] for n in names}
     now, other, total = None, 0, None
     for line in output.splitlines():
         if line.startswith(BEGIN):
-            now = found[line.removeprefix(BEGIN)]
+            name = line.removeprefix(BEGIN)
+            now = found[name]
             now["failed"] = "began, did not end"
         elif line.startswith(END) and now is not None:
             now["failed"] = now.pop("raised", None)
@@ -95,11 +117,17 @@ def read(output: str, names: list[str]) -> dict[str, Any]:
             if now is None:
                 other += 1
             else:
-                now["errors"] += 1
+                records[name].append([line])
+        elif now is not None and line.startswith("=========") and records[name]:
+            records[name][-1].append(line)
         if now is not None and line.startswith("=========") and len(now["reports"]) < 12:
             now["reports"].append(line.removeprefix("========= ").strip())
-    counted = sum(r["errors"] for r in found.values())
-    found["(between kernels)"] = {"errors": max(other, (total or 0) - counted), "reports": [], "failed": None}
+    for name, reports in records.items():
+        found[name]["start"] = sum(of_the_start(r) for r in reports)
+        found[name]["errors"] = len(reports) - found[name]["start"]
+    counted = sum(len(reports) for reports in records.values())
+    rest = max(other, (total or 0) - counted)
+    found["(between kernels)"] = {"errors": rest, "start": 0, "reports": [], "failed": None}
     if total is None and output:
         found["(between kernels)"]["failed"] = "no summary: " + " | ".join(output.strip().splitlines()[-3:])[:300]
     return found
@@ -110,12 +138,17 @@ def show(result: dict[str, Any], tools: list[str]) -> None:
     table = Table("kernel", *tools, title="compute-sanitizer: errors")
     for name, row in result.items():
         cells = [row.get(tool, {"errors": "-", "failed": None}) for tool in tools]
-        table.add_row(name, *(f"{c['errors']}" + (f" ({c['failed']})" if c["failed"] else "") for c in cells))
+        table.add_row(name, *(_cell(c) for c in cells))
     Console(width=150).print(table)
     for name, row in result.items():
         for tool, cell in row.items():
             if cell["errors"] and cell["reports"]:
                 print(f"{name}, {tool}:\n  " + "\n  ".join(cell["reports"]))
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    start = f" (+{cell['start']} at the start of warps)" if cell.get("start") else ""
+    return f"{cell['errors']}{start}" + (f" ({cell['failed']})" if cell["failed"] else "")
 
 
 def main() -> None:

@@ -120,6 +120,12 @@ def rows(op: str, m: int, columns: int, dtype: torch.dtype, grid: str) -> None:
         ops.hadamard(x, columns, grid)
 
 
+def _control() -> None:
+    from bench.dispatch import two_kinds
+
+    two_kinds()
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {}
     skinny = {"form": "skinny", "tokens": 16, "channels": 64, "depth": 128, "stages": 4, "warps": 4}
@@ -144,6 +150,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         "outliers given": partial(outliers, 7, 33, 77, 0.0),
         "outliers found": partial(outliers, 33, 70, 80, 6.0),
     }
+    found["control: warps of two kinds"] = _control
     one = {"bn": 64, "bt": 16, "split": 1, "warps": 4, "stages": 4}
     for form in ("int4", "table", "int8", "e4m3"):
         for group, n in ((128, 70), (64, 33), (32, 130), (-1, 70)):
@@ -152,6 +159,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         middle = {**one, "bn": 128, "bt": 64, "warps": 8, "stages": 3, "tokens": 8}
         found[f"w4 {form} middle"] = partial(four, 133, 200, 384, 128, form, **middle)
     found |= {
+        "w4 int4 wide": partial(four, 133, 70, 384, 128, "int4", **{**one, "bn": 256, "warps": 8, "stages": 2}),
         "w4 int4 odd depth": partial(four, 5, 33, 200, -1, "int4", **one, unroll=2),
         "dequantize int4": partial(four, 1, 200, 384, 64, "int4", dequantized=True),
         "dequantize table": partial(four, 1, 200, 384, 128, "table", dequantized=True),
