@@ -1,170 +1,172 @@
-"""Prefill and decoding of whole models with random weights: bf16 against quantized models, on one GPU.
+"""Prefill and decoding of whole models with random weights: bf16, qfx and torchao side by side, on one GPU.
 
-    python benchmarks/model.py [--models llama-3-8b ...] [--schemes W8A8 FP8_DYNAMIC W4A16 W4A8] [--layers N]
+    python benchmarks/model.py [--models llama-3-8b ...] [--ways bf16 fused:W8A8 torchao:int8 ...] [--layers N]
 
-The quantized models go the user's way: modules of the Hugging Face model are replaced, then `qfx.lower` rewrites them.
-Weights are rounded to nearest, since speed does not depend on their values. A decoding step reads a static cache of 256
-positions and is replayed as a CUDA graph; a prefill runs without a cache. Each is measured as the model's own code runs
-(eager), through torch.compile as one graph (compile), or each layer by itself (layers).
+Every way runs in a process of its own. All of them build, quantize, compile and run every case once, at the same time
+(building one after the other, so that one float model more than what stays is in memory); then each has the GPU for
+itself while it is timed. Weights are rounded to nearest, since speed does not depend on their values. A decoding step
+reads a static cache of 256 positions and is replayed as a CUDA graph; a prefill runs without a cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
-import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
 
-from bench import models, timing  # noqa: E402
+from bench import timing, variants  # noqa: E402
 
 del sys.path[0]  # other libraries look for a package `kernels`, and would find kernels.py
 
-MODELS = ["llama-3-8b", "llama-2-7b", "opt-13b", "opt-30b"]
-SCHEMES = ["W8A8", "FP8_DYNAMIC", "W4A16", "W4A8"]
-DECODE = [1, 16]
-PREFILL = {"default": [(1, 2048), (4, 2048)], "opt-30b": [(4, 256)]}
+MODELS = ["llama-3-8b", "opt-13b"]
+WANTED = [
+    "bf16", "fused:W8A8", "fused:FP8_DYNAMIC", "fused:W4A16", "fused:W4A8", "torchao:int8", "torchao:fp8",
+    "torchao:int4",
+]  # fmt: skip
+DECODE = [1]
+PREFILL = {"default": [(4, 2048)], "opt-30b": [(4, 256)]}
 """Batch x tokens; SmoothQuant's paper gives OPT-30B's latency at batch 4, 256 tokens."""
 GIB = 2.0**30
+READY, ROW = "@@ ready", "@@ row "
 
 
-class Run:
-    """What is left of the time, and the rows so far."""
+class Worker:
+    """One way in a process of its own."""
 
-    def __init__(self, a: argparse.Namespace) -> None:
-        self.a, self.budget, self.path = a, timing.Budget(a.budget), Path(a.out)
-        self.result: dict[str, Any] = {**timing.environment(), "rows": []}
-        self.skipped: list[str] = []
+    def __init__(self, a: argparse.Namespace, model: str, way: str, lock: str) -> None:
+        self.way, self.lines = way, queue.Queue[str | None]()
+        kept = [x for flag in ("decode", "prefill") if (v := getattr(a, flag)) for x in (f"--{flag}", *map(_text, v))]
+        more = ["--layers", str(a.layers)] if a.layers else []
+        command = [sys.executable, sys.argv[0], "--worker", way, "--models", model, "--scope", a.scope, *kept, *more]
+        self.process = subprocess.Popen(
+            [*command, "--lock", lock],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
 
-    def model(self, name: str) -> None:
-        """One shape: bf16, then every scheme."""
-        for scheme in ["bf16", *self.a.schemes]:
-            if self.budget.left < 0:
-                self.skipped.append(f"{name} {scheme}")
-                continue
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line.rstrip("\n"))
+        self.lines.put(None)
+
+    def until(self, mark: str, end: float) -> str | None:
+        """The line that begins so, or None if the process ends before, or the time does; other lines are shown."""
+        while True:
             try:
-                self.variant(name, scheme)
-            except Exception as e:
-                self.failed(f"{name} {scheme}", e)
-            models.free()
+                line = self.lines.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                return None
+            if line is None or line.startswith(mark):
+                return line
+            print(f"[{self.way}] {line}"[:400], flush=True)
 
-    def variant(self, name: str, scheme: str) -> None:
-        """One model in one scheme, eager and compiled."""
-        began, row = time.perf_counter(), {"model": name, "scheme": scheme, "layers": self.a.layers}
-        model = models.build(name, self.a.layers, self.a.device)
-        if scheme != "bf16":
-            row["linears"] = models.quantize(model, scheme)
-            models.free()
-            ids = torch.randint(0, model.config.vocab_size, (1, 32), device=self.a.device)
-            row["lowered"] = models.lower(model, ids)
-            print(f"{name} {scheme}: {row['lowered'].splitlines()[0]}", flush=True)
-            models.free()
-        row["weights"] = models.stored_bytes(model)
-        row["seconds"] = time.perf_counter() - began
-        for mode in self.a.modes:
-            cases = dict(self.measure(name, model, mode))
-            self.result["rows"].append({**row, "mode": mode, **cases})
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.result, indent=1) + "\n")
+    def go(self) -> None:
+        """Lets it measure."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
 
-    def measure(self, name: str, model: nn.Module, mode: str) -> Iterator[tuple[str, Any]]:
-        """Every case of one model, each guarded: (its name, what was measured)."""
-        forward = models.compiled(model, mode)
-        cases: list[tuple[str, int, Callable[[], timing.Timing]]] = []
-        for batch in self.a.decode:
-            step = lambda b=batch: models.decode_time(models.decode_step(model, forward, b))  # noqa: E731
-            cases.append((f"decode {batch}", batch, step))
-        for batch, tokens in self.a.prefill or PREFILL.get(name, PREFILL["default"]):
-            ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=self.a.device)
-            cases.append((f"prefill {batch}x{tokens}", batch * tokens, lambda i=ids: models.prefill_time(forward, i)))
-        for case, tokens, call in cases:
-            if self.budget.left < 0:
-                self.skipped.append(f"{name} {mode} {case}")
-                continue
-            try:
-                torch.cuda.reset_peak_memory_stats()
-                time_ = call()
-            except Exception as e:
-                self.failed(f"{name} {mode} {case}", e)
-                yield case, {"failed": f"{type(e).__name__}: {e}"[:400]}
-                torch.cuda.empty_cache()
-                continue
-            peak = torch.cuda.max_memory_allocated()
-            rate = tokens / time_.us * 1e6
-            print(f"  {mode} {case}: {time_.us / 1e3:.2f} ms, {rate:.0f} tok/s, {peak / GIB:.1f} GiB", flush=True)
-            yield case, {"ms": time_.us / 1e3, "low": time_.low / 1e3, "high": time_.high / 1e3, "peak": peak}
+    def stop(self) -> None:
+        """Ends it."""
+        self.process.kill()
+        self.process.wait()
 
-    def failed(self, what: str, error: Exception) -> None:
-        """A case that raised: the rest goes on, unless the GPU itself is gone."""
-        print(f"failed {what}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-        if self.a.verbose:
-            traceback.print_exception(error)
-        torch.cuda.synchronize()
 
-    def print(self) -> None:
-        """The table, and what is missing."""
-        for name in dict.fromkeys(r["model"] for r in self.result["rows"]):
-            Console(width=170).print(table(name, [r for r in self.result["rows"] if r["model"] == name]))
-        if self.skipped:
-            print("out of time, not measured:", ", ".join(self.skipped))
+def work(a: argparse.Namespace) -> None:
+    """A worker: prepares all cases of one way, waits for its turn, measures."""
+    torch.set_grad_enabled(False)
+    name = a.models[0]
+    variant = variants.Variant(name, a.worker, a.layers, a.scope, a.device)
+    prepared, failed = [], {}
+    with _alone(a.lock):
+        variant.build()
+    print(
+        f"built in {variant.row['seconds']:.0f} s; {variant.row.get('lowered', '').partition(chr(10))[0]}", flush=True
+    )
+    cases = variant.cases(a.decode, a.prefill or PREFILL.get(name, PREFILL["default"]))
+    try:
+        for case in cases:
+            prepared.append(case)
+            print(f"{case[0]} ready, {variant.row['first'][case[0]]:.0f} s", flush=True)
+    except Exception as e:
+        traceback.print_exception(e)
+        failed["failed"] = f"{type(e).__name__}: {e}"[:400]
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    print(READY, flush=True)
+    sys.stdin.readline()
+    found = {case: variants.measured(made, tokens) for case, tokens, made in prepared}
+    print(ROW + json.dumps({**variant.row, **failed, **found}), flush=True)
+
+
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compare(a: argparse.Namespace, name: str, end: float) -> Iterator[dict[str, Any]]:
+    """One model in every way."""
+    with tempfile.NamedTemporaryFile() as lock:
+        workers = [Worker(a, name, way, lock.name) for way in a.ways]
+        try:
+            ready = [w for w in workers if (w.until(READY, end - 30) or "").startswith(READY)]
+            for worker in workers:
+                if worker not in ready:
+                    worker.stop()  # what compiles would disturb the others
+                    print(f"{name} {worker.way}: not ready in time, or failed", flush=True)
+                    yield {"model": name, "way": worker.way, "failed": "not ready in time, or failed"}
+            for worker in ready:
+                worker.go()
+                line = worker.until(ROW, end)
+                if line is None:
+                    yield {"model": name, "way": worker.way, "failed": "not measured"}
+                else:
+                    yield json.loads(line.removeprefix(ROW))
+                worker.stop()
+        finally:
+            for worker in workers:
+                worker.stop()
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> Table:
-    """One model: ms of each case, and the ratio to bf16 through torch.compile (eager if that is missing)."""
-    cases = list(dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, dict)))
-    base = {r["mode"]: r for r in rows if r["scheme"] == "bf16"}
-    best = base.get("compile", base.get("eager", {}))
-    shown = Table("scheme", "mode", *cases, "weights", "peak", title=f"{name}: ms (ratio to bf16)")
+    """One model: ms of each case, and the ratio to the first bf16 row."""
+    cases = list(dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, dict) and "ms" in v))
+    base = next((r for r in rows if r["way"] == "bf16"), {})
+    shown = Table("way", *cases, "weights, GiB", "peak, GiB", "compiled, s", title=f"{name}: ms (ratio to bf16)")
     for row in rows:
         cells = []
         for case in cases:
-            found, other = row.get(case, {}), best.get(case, {})
-            if "ms" not in found:
-                cells.append("failed" if "failed" in found else "-")
-                continue
-            ratio = f" ({other['ms'] / found['ms']:.2f})" if "ms" in other else ""
-            cells.append(f"{found['ms']:.2f}{ratio}")
-        peak = max((row[c].get("peak", 0) for c in cases if c in row), default=0)
-        shown.add_row(row["scheme"], row["mode"], *cells, f"{row['weights'] / GIB:.1f}", f"{peak / GIB:.1f}")
+            found, other = row.get(case, {}), base.get(case, {})
+            ratio = f" ({other['ms'] / found['ms']:.2f})" if "ms" in found and "ms" in other else ""
+            cells.append(f"{found['ms']:.2f}{ratio}" if "ms" in found else "failed" if "failed" in row else "-")
+        peak = max((row[c]["peak"] for c in cases if c in row), default=0)
+        first = ", ".join(f"{s:.0f}" for s in row.get("first", {}).values())
+        shown.add_row(row["way"], *cells, f"{row.get('weights', 0) / GIB:.2f}", f"{peak / GIB:.2f}", first)
     return shown
-
-
-def compile_all(a: argparse.Namespace) -> None:
-    """Runs one layer of everything in parallel processes, so that the kernels are in Triton's cache on disk."""
-    began, env = time.monotonic(), {**os.environ, "OMP_NUM_THREADS": "1"}
-    kept = [x for flag in ("decode", "prefill") if (v := getattr(a, flag)) for x in (f"--{flag}", *map(_text, v))]
-
-    def one(job: tuple[str, str]) -> str:
-        model, scheme = job
-        with tempfile.TemporaryDirectory() as folder:
-            only = ["--models", model, "--schemes", scheme, "--modes", "eager", "--layers", "1", "--workers", "0"]
-            command = [sys.executable, sys.argv[0], *only, *kept, "--out", f"{folder}/out.json"]
-            try:
-                done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=a.budget / 3)
-            except subprocess.TimeoutExpired:
-                return f"{model} {scheme}: not compiled in time"
-            return "" if done.returncode == 0 else f"{model} {scheme}: {done.stderr.strip()[-300:]}"
-
-    with ThreadPoolExecutor(a.workers) as pool:
-        for line in pool.map(one, [(m, s) for m in a.models for s in a.schemes]):
-            if line:
-                print(line, flush=True)
-    print(f"compiled in {a.workers} processes, {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _text(value: Any) -> str:
@@ -173,28 +175,36 @@ def _text(value: Any) -> str:
 
 def main() -> None:
     """Runs the table."""
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, epilog=variants.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("--models", nargs="*", default=MODELS)
-    ap.add_argument("--schemes", nargs="*", default=SCHEMES)
-    ap.add_argument("--modes", nargs="*", default=["eager", "compile"], choices=["eager", "compile", "layers"])
+    ap.add_argument("--ways", nargs="*", default=WANTED)
+    ap.add_argument("--scope", default="compile", choices=["eager", "compile", "layers"])
     ap.add_argument("--layers", type=int, help="fewer decoder layers than the model has")
     ap.add_argument("--decode", nargs="*", type=int, default=DECODE, help="batch sizes")
     ap.add_argument("--prefill", nargs="*", type=lambda s: tuple(map(int, s.split("x"))), help="batch x tokens ...")
     ap.add_argument("--device", default="cuda")
     ap.add_argument("--out", default="benchmarks/results/model.json")
-    ap.add_argument("--budget", type=float, default=540.0, help="seconds, after which nothing more is started")
-    ap.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="processes that compile")
-    ap.add_argument("--verbose", action="store_true")
+    ap.add_argument("--resume", action="store_true", help="add to what --out holds")
+    ap.add_argument("--budget", type=float, default=540.0, help="seconds for each model")
+    ap.add_argument("--worker", help=argparse.SUPPRESS)
+    ap.add_argument("--lock", help=argparse.SUPPRESS)
     a = ap.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("model: no CUDA device; nothing to measure")
-    torch.set_grad_enabled(False)
-    run = Run(a)
-    if a.workers > 1 and a.schemes:
-        compile_all(a)
+    if a.worker:
+        work(a)
+        return
+    path = Path(a.out)
+    kept = json.loads(path.read_text())["rows"] if a.resume and path.exists() else []
+    rows: list[dict[str, Any]] = []
     for name in a.models:
-        run.model(name)
-    run.print()
+        for row in compare(a, name, time.monotonic() + a.budget):
+            rows.append(row)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**timing.environment(), "rows": kept + rows}, indent=1) + "\n")
+        Console(width=150).print(table(name, [r for r in rows if r["model"] == name]))
 
 
 if __name__ == "__main__":

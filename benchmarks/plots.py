@@ -65,15 +65,25 @@ def model_tables(result: Row) -> list[str]:
     lines: list[str] = []
     for name in dict.fromkeys(r["model"] for r in result["rows"]):
         rows = [r for r in result["rows"] if r["model"] == name]
-        cases = list(dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, dict)))
-        lines += ["", f"**{name}**: ms", "", "| scheme | mode | " + " | ".join([*cases, "weights, GiB"]) + " |"]
+        cases = list(dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, dict) and "ms" in v))
+        base = next((r for r in rows if r["way"] == "bf16"), {})
+        layers = f", {r} layers" if (r := rows[0].get("layers")) else ""
+        title = f"**{name}**{layers}: ms (times as fast as bf16), GiB (share of bf16's)"
+        lines += ["", title, "", "| way | " + " | ".join([*cases, "weights", "peak"]) + " |"]
         lines.append("|---" * (len(cases) + 3) + "|")
         for r in rows:
-            cells = [f"{r[c]['ms']:.2f}" if "ms" in r.get(c, {}) else "-" for c in cases]
-            lines.append(
-                f"| {r['scheme']} | {r['mode']} | " + " | ".join([*cells, f"{r['weights'] / 2**30:.1f}"]) + " |"
-            )
+            cells = [_ms(r.get(c), base.get(c)) for c in cases]
+            peaks = [max((x[c]["peak"] for c in cases if c in x), default=0) for x in (r, base)]
+            sizes = [(r.get("weights", 0), base.get("weights", 0)), (peaks[0], peaks[1])]
+            cells += [f"{a / 2**30:.2f} ({a / b:.2f})" if a and b else "-" for a, b in sizes]
+            lines.append(f"| {r['way']} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _ms(case: Row | None, base: Row | None) -> str:
+    if not case:
+        return "-"
+    return f"{case['ms']:.2f}" + (f" ({base['ms'] / case['ms']:.2f})" if base else "")
 
 
 def _us(row: Row) -> str:
@@ -133,7 +143,7 @@ def draw_models(result: Row, path: Path) -> None:
         for i, r in enumerate(rows):
             places = [j + i * width for j in range(len(cases))]
             heights = [r.get(c, {}).get("ms", 0.0) for c in cases]
-            axis.bar(places, heights, width, label=f"{r['scheme']} {r['mode']}")
+            axis.bar(places, heights, width, label=r["way"])
         axis.set_xticks([j + 0.4 - width / 2 for j in range(len(cases))], cases)
         axis.set_yscale("log")
         axis.set_ylabel("ms")

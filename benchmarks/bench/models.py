@@ -80,18 +80,24 @@ def lower(model: nn.Module, ids: Tensor) -> str:
     return str(report)
 
 
-def compiled(model: nn.Module, mode: str) -> Callable[..., Any]:
-    """The model in one mode: `eager`; `compile`, as one graph; `layers`, every layer by itself, far sooner compiled."""
+def compiled(model: nn.Module, scope: str, settings: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """The model as it is called: `eager`; `compile`, one graph; `layers`, every layer by itself, far sooner compiled.
+
+    Args:
+        model: the model.
+        scope: one of these.
+        settings: arguments of torch.compile.
+    """
     torch.compiler.reset()
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     for layer in layers:
         layer._compiled_call_impl = None
-    if mode == "compile":
-        return torch.compile(model, dynamic=False)  # type: ignore[return-value]
-    if mode == "layers":
+    if scope == "compile":
+        return torch.compile(model, dynamic=False, **(settings or {}))  # type: ignore[return-value]
+    if scope == "layers":
         torch._dynamo.config.recompile_limit = 16 * len(layers)  # once for each layer's index and each shape
         for layer in layers:
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=False, **(settings or {}))
     return model
 
 
@@ -106,6 +112,10 @@ def free() -> None:
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
+
+
+Prepared = Callable[[], timing.Timing]
+"""A case that was run once; a call measures it."""
 
 
 @dataclass
@@ -142,8 +152,9 @@ def decode_step(model: nn.Module, forward: Callable[..., Any], batch: int) -> St
     return Step(run, reset)
 
 
-def decode_time(step: Step, replays: int = 20) -> timing.Timing:
-    """Time of a step captured in a CUDA graph; the cache's length is set back between replays, outside the time."""
+def decode_case(model: nn.Module, forward: Callable[..., Any], batch: int, replays: int = 20) -> Prepared:
+    """A step in a CUDA graph; the cache's length is set back between replays, outside of the time."""
+    step = decode_step(model, forward, batch)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -159,24 +170,28 @@ def decode_time(step: Step, replays: int = 20) -> timing.Timing:
         step.run()
     with torch.cuda.graph(back):
         step.reset()
-    times = []
-    for _ in range(replays + 2):
-        back.replay()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return timing.summary(times[2:], 1)
+
+    def measure() -> timing.Timing:
+        times = []
+        for _ in range(replays + 2):
+            back.replay()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3)
+        return timing.summary(times[2:], 1)
+
+    return measure
 
 
-def prefill_time(forward: Callable[..., Any], ids: Tensor, repeats: int = 7) -> timing.Timing:
-    """Time of a pass over a prompt without a cache; logits of the last position only, as `generate` asks for."""
+def prefill_case(forward: Callable[..., Any], ids: Tensor, repeats: int = 7) -> Prepared:
+    """A pass over a prompt without a cache; logits of the last position only, as `generate` asks for."""
 
     def call() -> Any:
         return forward(input_ids=ids, use_cache=False, logits_to_keep=1)
 
     if not call().logits.isfinite().all():
         raise ArithmeticError("the logits are not finite")
-    return timing.event_time([call], repeats)
+    return lambda: timing.event_time([call], repeats)

@@ -1,0 +1,116 @@
+"""What `model.py` compares: one whole model made smaller and compiled in one way, with every case ready to be timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import qfx
+from bench import models, timing
+from bench.peers import library
+
+WAYS = ("bf16", "modules", "fused", "backend", "torchao")
+HELP = """a way, and what follows its colon:
+  bf16                  the float model under Inductor; bf16:max-autotune-no-cudagraphs and the like: a mode of it
+  modules:SCHEME        layers replaced and lowered as qfx.quantize does, under Inductor
+  fused:SCHEME          the same under torch.compile(backend="qfx"), which fuses norms and activations with codes
+  backend:SCHEME        the float model under torch.compile(backend="qfx", options={"recipe": SCHEME})
+  torchao:int8|fp8|int4 torchao's layers under Inductor"""
+
+
+class Variant:
+    """One model in one way.
+
+    Args:
+        name: of the model's shape.
+        way: see HELP.
+        layers: how many, or None for all.
+        scope: "compile" for one graph of the whole model, "layers" for each layer by itself, "eager" for no compiling.
+        device: where.
+
+    Attributes:
+        row: what is known of it: bytes of weights, seconds of the first call of each case, notes.
+    """
+
+    def __init__(self, name: str, way: str, layers: int | None, scope: str, device: str) -> None:
+        self.name, self.way, self.layers, self.scope, self.device = name, way, layers, scope, device
+        self.kind, _, self.option = way.partition(":")
+        if self.kind not in WAYS:
+            raise SystemExit(f"model: no way {way!r}; use {HELP}")
+        self.row: dict[str, Any] = {"model": name, "way": way, "scope": scope, "layers": layers, "first": {}}
+        self.model: nn.Module | None = None
+
+    def build(self) -> None:
+        """Makes the weights, at most one float model at a time more than what stays."""
+        began = time.perf_counter()
+        model = models.build(self.name, self.layers, self.device)
+        if self.kind in ("modules", "fused"):
+            models.quantize(model, self.option)
+            models.free()
+            ids = torch.randint(0, model.config.vocab_size, (1, 32), device=self.device)
+            self.row["lowered"] = models.lower(model, ids)
+        elif self.kind == "torchao":
+            _torchao(model, self.option)
+        models.free()
+        self.row |= {"weights": models.stored_bytes(model), "seconds": time.perf_counter() - began}
+        self.model = model
+
+    def cases(self, decode: list[int], prefill: list[tuple[int, int]]) -> Iterator[tuple[str, int, models.Prepared]]:
+        """Every case, compiled and run once: its name, its tokens, and how to time it."""
+        assert self.model is not None
+        forward = models.compiled(self.model, self.scope, self._settings())
+        for batch in decode:
+            made = self._first(f"decode {batch}", lambda b=batch: models.decode_case(self.model, forward, b))  # type: ignore[misc]
+            yield f"decode {batch}", batch, made
+        for batch, tokens in prefill:
+            ids = torch.randint(0, self.model.config.vocab_size, (batch, tokens), device=self.device)
+            name = f"prefill {batch}x{tokens}"
+            yield name, batch * tokens, self._first(name, lambda i=ids: models.prefill_case(forward, i))  # type: ignore[misc]
+
+    def _first(self, name: str, make: Callable[[], models.Prepared]) -> models.Prepared:
+        began = time.perf_counter()
+        made = make()
+        torch.cuda.synchronize()
+        self.row["first"][name] = time.perf_counter() - began
+        return made
+
+    def _settings(self) -> dict[str, Any]:
+        """Arguments of torch.compile."""
+        if self.kind == "backend":
+            self.chosen = qfx.backend(self.option)
+            return {"backend": self.chosen}
+        if self.kind == "fused":
+            return {"backend": "qfx"}
+        if self.way == "torchao:int8":  # one of the settings that torchao would make for all of the process
+            return {"options": {"force_fuse_int_mm_with_mul": True}}
+        return {"mode": self.option} if self.kind == "bf16" and self.option else {}
+
+
+def measured(made: models.Prepared, tokens: int) -> dict[str, Any]:
+    """Milliseconds of a case, tokens a second, and the most memory that was allocated meanwhile."""
+    torch.cuda.reset_peak_memory_stats()
+    taken: timing.Timing = made()
+    ms = taken.us / 1e3
+    rate = {"tokens_per_second": tokens / ms * 1e3, "peak": torch.cuda.max_memory_allocated()}
+    return {"ms": ms, "low": taken.low / 1e3, "high": taken.high / 1e3, **rate}
+
+
+def _torchao(model: nn.Module, kind: str) -> None:
+    """Torchao's own replacement of the same linears, without what it sets for Inductor as a whole."""
+    quantization = library("torchao.quantization")
+    if kind == "int8":
+        config = quantization.Int8DynamicActivationInt8WeightConfig(version=2, set_inductor_config=False)
+    elif kind == "fp8":
+        config = quantization.Float8DynamicActivationFloat8WeightConfig(
+            granularity=quantization.PerRow(), set_inductor_config=False
+        )
+    else:
+        config = quantization.Int4WeightOnlyConfig(
+            group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+        )
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    quantization.quantize_(model, config, lambda m, _: isinstance(m, nn.Linear) and m is not head)
