@@ -7,13 +7,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 
 from qfx.passes.discover.dynamo import Traced
+from qfx.passes.lower._rewrite import Rewritten
+from qfx.passes.lower.fuse import rewrite
+
+LEFT = ("fuse norms",)
+"""Rewrites of what no quantized linear reads: the next backend fuses it with more than a norm."""
 
 
 def codes_of(modules: Iterable[nn.Module]) -> dict[str, Tensor]:
     """The buffers of modules that a graph reads as `qfx_0`, `qfx_1` ..., by the names below which it reads them."""
     return {f"qfx_{i}.{leaf}": t for i, module in enumerate(modules) for leaf, t in module.named_buffers()}
+
+
+def fuse(traced: Traced) -> list[Rewritten]:
+    """Runs the rewrites of `passes/lower` on a graph whose linears are quantized; what each did, and left."""
+    graph = traced.graph
+    values = [node.meta.get("val") for node in traced.placeholders]
+    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+    for node in graph.fx.find_nodes(op="get_attr"):
+        if isinstance(value := node.meta.get("val"), Tensor) and not isinstance(value, FakeTensor):
+            node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+    done = rewrite(graph.fx, LEFT)
+    graph.touch()
+    return done
+
+
+def calls_quantized(graph: fx.Graph) -> bool:
+    """Whether a graph calls an op of qfx."""
+    return any(isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "qfx" for n in graph.nodes)
 
 
 def finish(traced: Traced, gm: fx.GraphModule, extra: Mapping[str, Tensor]) -> tuple[fx.GraphModule, list[int]]:

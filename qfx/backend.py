@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 import weakref
@@ -17,20 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qfx.modules.linear import QLinear
 from qfx.passes import SOLVERS
-from qfx.passes.discover.dynamo import Traced, trace
+from qfx.passes.discover.dynamo import Traced, compiled_model, trace
 from qfx.passes.discover.linears import find_linears
 from qfx.passes.discover.plan import make_plan
+from qfx.passes.lower._rewrite import Rewritten
 from qfx.passes.lower.graph import replace_linear
 
-from ._handover import codes_of, fake, finish
+from ._handover import calls_quantized, codes_of, fake, finish, fuse
 from .core.errors import CalibrationError, CaptureError, KernelError, QfxError, RecipeError
 from .core.graph import Graph
 from .core.spec import Scheme, parse_scheme
 from .recipes import FLOAT, PRESETS, Recipe
 from .watched import Product, Slot, Weight
 
-OPTIONS = ("recipe", "then", "calibration", "calibrate")
+OPTIONS = ("recipe", "then", "mode", "then_options", "fuse", "calibration", "calibrate")
 Compiled = Callable[..., Any]
 SHARED = (
     "backend: Dynamo calls one graph with the parameters of several layers, which patterns on names of layers cannot "
@@ -41,9 +44,12 @@ log = logging.getLogger("qfx")
 
 
 def backend(
-    recipe: str | Path | Mapping[str, Any] | Recipe | nn.Module,
+    recipe: str | Path | Mapping[str, Any] | Recipe | nn.Module | None = None,
     *,
     then: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    then_options: Mapping[str, Any] | None = None,
+    fuse: bool = True,
     calibration: Any = None,
     calibrate: int | None = None,
     model: nn.Module | None = None,
@@ -52,8 +58,12 @@ def backend(
 
     Args:
         recipe: as for `quantize`, or a scheme's name ("W8A8" quantizes all but the head and routers). Or what is
-            quantized already: a model that `quantize` or `load` gave, or the folder of one.
+            quantized already: a model that `quantize` or `load` gave, or the folder of one. None if the model that
+            is compiled is itself quantized: its graphs are rewritten.
         then: the backend that compiles the rewritten graph, by name or itself.
+        mode: of `then`, as `torch.compile` takes it: "max-autotune", "reduce-overhead".
+        then_options: of `then`, as `torch.compile` takes its options. Inductor takes a mode and options together.
+        fuse: whether norms, activations, sums and quantization become one op where they follow each other.
         calibration: as for `quantize`; the passes run once, when the first graph is compiled.
         calibrate: instead of `calibration`, how many calls of the compiled model run in float and are recorded. The
             passes run at the call that follows.
@@ -64,13 +74,14 @@ def backend(
     """
     given: Any = recipe if _is_solved(recipe) else None
     if given is None and calibration is None and calibrate is None:
-        return Backend(_recipe(recipe), then)
+        return Backend(_recipe(recipe), then, mode, then_options, fuse)
     from .calibrated import CalibratedBackend  # it captures models, which few recipes need
 
     if calibrate is not None and (isinstance(calibrate, bool) or not isinstance(calibrate, int) or calibrate < 1):
         raise CalibrationError(f"backend: calibrate={calibrate!r} is no number of calls; use 1 or more")
     chosen = Recipe() if given is not None else _recipe(recipe)
-    return CalibratedBackend(chosen, then, given=given, calibration=calibration, calibrate=calibrate or 0, model=model)
+    data: dict[str, Any] = {"calibration": calibration, "calibrate": calibrate or 0, "model": model}
+    return CalibratedBackend(chosen, then, mode, then_options, fuse, given=given, **data)
 
 
 def compile_graph(
@@ -81,18 +92,14 @@ def compile_graph(
     Args:
         gm: Dynamo's graph.
         examples: its inputs.
-        options: {"recipe": ..., "then": ..., "calibration": ..., "calibrate": ...}, as for `backend`.
-        mode: not taken.
+        options: {"recipe": ..., "then": ..., "mode": ..., "calibration": ...} and so on, as for `backend`.
+        mode: of the next backend; torch takes none beside options, which may have one.
     """
     with told():
-        if mode is not None:
-            raise RecipeError(f"backend: mode {mode!r} is Inductor's; qfx takes options alone")
-        options = dict(options or {})
+        options = {**({} if mode is None else {"mode": mode}), **(options or {})}
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise RecipeError(f"backend: unknown options {unknown}; use {', '.join(map(repr, OPTIONS))}")
-        if "recipe" not in options:
-            raise RecipeError("backend: no recipe; write torch.compile(..., options={'recipe': 'W8A8'})")
-        if _is_solved(options["recipe"]) or options.keys() & {"calibration", "calibrate"}:
+        if _is_solved(options.get("recipe")) or options.keys() & {"calibration", "calibrate"}:
             from .calibrated import shared_backend
 
             chosen: Backend = shared_backend(options, backend)
@@ -108,16 +115,24 @@ class Backend:
     Attributes:
         recipe: what is done to the linears.
         then: what compiles the rewritten graph.
+        mode: of `then`.
+        then_options: of `then`.
+        fuse: whether the graph is rewritten behind the quantization.
         graphs: how many graphs were compiled.
         layers: names and schemes of the layers that were quantized in any of them.
         floats: names of the linears that were not, and why.
+        rewrites: for each graph that was rewritten: what each rewrite did, what it left and why.
     """
 
     recipe: Recipe
     then: str | Callable[..., Any] = "inductor"
+    mode: str | None = None
+    then_options: Mapping[str, Any] | None = None
+    fuse: bool = True
     graphs: int = 0
     layers: dict[str, Scheme] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
+    rewrites: list[list[Rewritten]] = field(default_factory=list)
 
     __name__ = "qfx"  # what Dynamo calls it in messages
 
@@ -144,21 +159,30 @@ class Backend:
         if others := [s.name for s in self.recipe.steps if type(s) not in SOLVERS]:
             raise RecipeError(f"backend: {', '.join(others)} needs the whole model; give calibration=batches")
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        if options:
-            raise RecipeError(f"backend: qfx.backend(...) is configured already; remove {', '.join(options)}")
+    def _take(self, mode: str | None = None, options: Mapping[str, Any] | None = None) -> None:
+        """Takes what `torch.compile(model, backend=self, ...)` was given for the next backend."""
+        for name, new in (("mode", mode), ("then_options", options)):
+            if new is not None and getattr(self, name) not in (None, new):
+                raise RecipeError(f"backend: it has {name}={getattr(self, name)!r} already, and {new!r} is given")
+            if new is not None:
+                setattr(self, name, new)
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Compiled:
         """Compiles one graph of Dynamo's."""
         with told():
-            self._check_options(options)
+            self._take(**options)
             check_inputs(gm, examples)
             self.graphs += 1
-            if not any(isinstance(x, nn.Parameter) and x.dim() > 1 for x in examples):
+            if not self.recipe.schemes:
+                _check_quantized(compiled_model())
+            elif not any(isinstance(x, nn.Parameter) and x.dim() > 1 for x in examples):
+                return self._compile(gm, list(examples))  # type: ignore[no-any-return]
+            if not any(isinstance(x, Tensor) for x in examples):
                 return self._compile(gm, list(examples))  # type: ignore[no-any-return]
             with torch.inference_mode(False), torch.no_grad():
                 traced = trace(gm, examples)
                 weights = self._rewrite(traced, examples)
+                self._fuse(traced)
             rewritten, kept = finish(traced, gm, codes_of(weight.module for _, weight in weights))
         slots = [Slot(traced.positions[name], weight) for name, weight in weights]
         codes = [fake(t) for slot in slots for t in slot.weight.tensors]
@@ -180,11 +204,22 @@ class Backend:
 
     @property
     def _compile(self) -> Callable[..., Any]:
-        return torch._dynamo.lookup_backend(self.then)  # type: ignore[arg-type, no-any-return]
+        """What `torch.compile` calls for a graph, with this backend, mode and options."""
+        if self.then == "inductor" and (self.mode or self.then_options):
+            return torch._TorchCompileInductorWrapper(self.mode, dict(self.then_options or {}), None)
+        given = {"mode": self.mode, "options": self.then_options}
+        then = torch._dynamo.lookup_backend(self.then)  # type: ignore[arg-type]
+        return functools.partial(then, **{k: v for k, v in given.items() if v})
+
+    def _fuse(self, traced: Traced) -> None:
+        if self.fuse and calls_quantized(traced.graph.fx):
+            self.rewrites.append(fuse(traced))
 
     def _rewrite(self, traced: Traced, examples: Sequence[Any]) -> list[tuple[str, Weight]]:
         """Quantizes what the recipe plans; the parameters' names and their weights, read as `qfx_0`, `qfx_1` ..."""
         graph = traced.graph
+        if not self.recipe.schemes:
+            return []
         linears, misses = find_linears(graph)
         plan = make_plan(graph, linears, self.recipe.schemes, self.recipe.ignore, whole=False)
         covered = {linear.weight for linear in linears}
@@ -221,6 +256,8 @@ def _is_solved(recipe: Any) -> bool:
 
 
 def _recipe(value: Any) -> Recipe:
+    if value is None:
+        return Recipe()
     is_name = isinstance(value, str) and value not in PRESETS and not value.endswith((".yaml", ".yml"))
     if is_name and not Path(value).is_file():
         try:
@@ -250,6 +287,15 @@ def check_inputs(gm: fx.GraphModule, examples: Sequence[Any]) -> None:
                 "backend: the model's parameters were made under torch.inference_mode(), where a change of theirs "
                 "cannot be seen; load the model outside of it"
             )
+
+
+def _check_quantized(model: nn.Module | None) -> None:
+    quantized = [m for m in model.modules() if isinstance(m, QLinear) or hasattr(m, "qfx")] if model else []
+    if not quantized:
+        raise RecipeError(
+            f"backend: no recipe, and this {type(model).__name__} is not quantized; write torch.compile(..., "
+            "options={'recipe': 'W8A8'}), or compile what qfx.quantize returns"
+        )
 
 
 def _fused(graph: Graph) -> dict[str, str]:

@@ -96,7 +96,7 @@ class CalibratedBackend(Backend):
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Compiled:
         """Compiles one graph of Dynamo's."""
         with told():
-            self._check_options(options)
+            self._take(**options)
             check_inputs(gm, examples)
             self.graphs += 1
             if not any(isinstance(x, nn.Parameter) for x in examples):
@@ -162,6 +162,8 @@ class CalibratedBackend(Backend):
         self, solution: Solution, traced: Traced, gm: fx.GraphModule
     ) -> tuple[fx.GraphModule, list[int], list[Tensor]]:
         extra = solution.rewrite(traced)
+        with torch.inference_mode(False), torch.no_grad():
+            self._fuse(traced)
         rewritten, kept = finish(traced, gm, extra)
         return rewritten, kept, list(extra.values())
 
@@ -231,7 +233,7 @@ class _Later:
         solution = owner._solve(root)
         rewritten, kept, stored = owner._rewrite_solved(solution, traced, self.gm)
         # Dynamo has left: it is asked again for what it traces, guards and compiles
-        inner = torch.compile(rewritten, backend=owner.then)
+        inner = torch.compile(rewritten, backend=owner._compile if owner.mode or owner.then_options else owner.then)
         return _Checked(solution, traced.positions, kept, stored, inner)
 
 

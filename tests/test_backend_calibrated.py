@@ -15,7 +15,7 @@ import qfx
 from qfx import calibrated
 from qfx.calibrated import CalibratedBackend
 from qfx.core.errors import CalibrationError, CaptureError, PackageError, QfxError, RecipeError
-from tests.test_backend import Branching, Feeds, Stack, same
+from tests.test_backend import Branching, Feeds, Stack, same, unfused
 from tests.zoo import ZOO
 from tests.zoo.captured import floats
 from tests.zoo.decoders import token_ids
@@ -79,13 +79,13 @@ def test_it_computes_what_quantize_computes(name: str, recipe: str) -> None:
     q = solved(name, recipe)
     want, plain = floats(q(**feeds)), floats(model(**feeds))
     assert not same(want, plain)
-    given = qfx.backend(q, then="eager")
+    given = unfused(q, then="eager")
     assert same(floats(torch.compile(model, backend=given)(**feeds)), want)
     layers = {layer.name for layer in q.qfx.report.layers if layer.scheme}
     assert set(given.layers) == layers
     if (name, recipe) in SOLVED_HERE:
         torch._dynamo.reset()
-        chosen = qfx.backend(RECIPES[recipe], calibration=[feeds], then="eager")
+        chosen = unfused(RECIPES[recipe], calibration=[feeds], then="eager")
         assert same(floats(torch.compile(model, backend=chosen)(**feeds)), want)
         assert set(chosen.layers) == layers
         assert chosen.report.to_dict()["layers"] == q.qfx.report.to_dict()["layers"]
@@ -126,7 +126,7 @@ def test_what_folds_add(case: str) -> None:
     name, recipe, applies = STEPS[case]
     model, feeds = ZOO[name].load()
     q = quantized(model, recipe, feeds)
-    chosen = qfx.backend(q, then="eager")
+    chosen = unfused(q, then="eager")
     got = floats(torch.compile(model, backend=chosen)(**feeds))
     assert isinstance(chosen, CalibratedBackend) and applies(chosen)
     assert same(got, floats(q(**feeds)))
@@ -135,7 +135,7 @@ def test_what_folds_add(case: str) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_inductor() -> None:
     model, feeds = ZOO["gpt2"].load()
-    fast = torch.compile(model, backend=qfx.backend(RECIPES["static-osplus"], calibrate=1))
+    fast = torch.compile(model, backend=unfused(RECIPES["static-osplus"], calibrate=1))
     got = [floats(fast(**feeds)) for _ in range(2)][-1]
     want = torch.compile(solved("gpt2", "static-osplus"))
     assert same(got, floats(want(**feeds)))
@@ -147,8 +147,8 @@ def test_a_folder(tmp_path: Path, by_name: bool) -> None:
     qfx.save(solved("llama", "static-osplus"), tmp_path / "q")
     for p in model.parameters():
         p.mul_(0.5)  # the folder has its own weights
-    options = {"recipe": str(tmp_path / "q"), "then": "eager"}
-    how = {"backend": "qfx", "options": options} if by_name else {"backend": qfx.backend(tmp_path / "q", then="eager")}
+    options = {"recipe": str(tmp_path / "q"), "then": "eager", "fuse": False}
+    how = {"backend": "qfx", "options": options} if by_name else {"backend": unfused(tmp_path / "q", then="eager")}
     fast = torch.compile(model, **how)
     assert same(floats(fast(**feeds)), floats(qfx.load(tmp_path / "q")(**feeds)))
 
@@ -157,7 +157,7 @@ def test_a_folder(tmp_path: Path, by_name: bool) -> None:
 def test_options_by_name(how: dict[str, Any]) -> None:
     model, feeds = small_model()
     how = {"calibration": [feeds, feeds]} if "calibration" in how else how
-    fast = torch.compile(model, backend="qfx", options={"recipe": SMOOTH, "then": "eager", **how})
+    fast = torch.compile(model, backend="qfx", options={"recipe": SMOOTH, "then": "eager", "fuse": False, **how})
     got = [fast(**feeds) for _ in range(3)][-1]
     assert torch.equal(got, qfx.quantize(model, SMOOTH, [feeds, feeds], progress=False)(**feeds))
 
@@ -166,7 +166,7 @@ def test_the_first_calls_calibrate() -> None:
     model, feeds = ZOO["bert"].load()  # of two inputs
     second = {**feeds, "input_ids": feeds["input_ids"].flip(1)}
     then = Counting()
-    chosen = qfx.backend(SMOOTH, calibrate=2, then=then)
+    chosen = unfused(SMOOTH, calibrate=2, then=then)
     assert isinstance(chosen, CalibratedBackend)
     fast = torch.compile(model, backend=chosen)
     for left, batch in ((1, feeds), (0, second)):
@@ -184,7 +184,7 @@ def test_the_first_calls_calibrate() -> None:
 def test_recorded_inputs_are_copies() -> None:
     model, feeds = small_model()
     x = feeds["x"].clone()
-    fast = torch.compile(model, backend=qfx.backend(SMOOTH, calibrate=1, then="eager"))
+    fast = torch.compile(model, backend=unfused(SMOOTH, calibrate=1, then="eager"))
     fast(x)
     x.fill_(9)
     assert torch.equal(fast(feeds["x"]), quantized(model, SMOOTH, feeds)(**feeds))
@@ -192,14 +192,14 @@ def test_recorded_inputs_are_copies() -> None:
 
 def test_inputs_by_position() -> None:
     model, feeds = ZOO["llama"].load()  # transformers wraps its forward into a function of *args
-    fast = torch.compile(model, backend=qfx.backend(SMOOTH, calibrate=1, then="eager"))
+    fast = torch.compile(model, backend=unfused(SMOOTH, calibrate=1, then="eager"))
     fast(feeds["input_ids"])
     assert same(floats(fast(feeds["input_ids"])), floats(solved("llama", "smoothquant")(**feeds)))
 
 
 def test_other_sizes_share_the_solution() -> None:
     model, q, then = ZOO["llama"].load()[0], solved("llama", "static-osplus"), Counting()
-    chosen = qfx.backend(q, then=then)
+    chosen = unfused(q, then=then)
     fast, solutions = torch.compile(model, backend=chosen), set()
     for batch, length in ((2, 12), (3, 12), (3, 7), (2, 9), (4, 5)):
         ids = token_ids(length=length).repeat(2, 1)[:batch]
@@ -220,7 +220,7 @@ def test_other_sizes_are_not_solved_anew(calls: int, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(calibrated, "quantize", counted)
     given: dict[str, Any] = {"calibrate": calls} if calls else {"calibration": batches}
-    chosen = qfx.backend(SMOOTH, then=then, **given)
+    chosen = unfused(SMOOTH, then=then, **given)
     fast = torch.compile(model, backend=chosen)
     for batch in batches[:calls]:
         assert torch.equal(fast(**batch), model(**batch))
@@ -237,7 +237,7 @@ def test_generate() -> None:
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "use_cache": True, "disable_compile": True}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     want = q.generate(**feeds, **settings)
-    chosen = qfx.backend(solved("llama", "smoothquant"), then="eager")
+    chosen = unfused(solved("llama", "smoothquant"), then="eager")
     model.compile(backend=chosen)
     got = model.generate(**feeds, **settings)
     assert torch.equal(got.sequences, want.sequences)
@@ -249,7 +249,7 @@ def test_generate() -> None:
 def test_changed_weights_are_an_error_and_never_stale(calls: int) -> None:
     model, feeds = small_model()
     given: dict[str, Any] = {"calibrate": calls} if calls else {"calibration": [feeds]}
-    chosen = qfx.backend(SMOOTH, then="eager", **given)
+    chosen = unfused(SMOOTH, then="eager", **given)
     fast = torch.compile(model, backend=chosen)
     for _ in range(calls + 1):
         fast(**feeds)
@@ -270,7 +270,7 @@ def test_changed_weights_are_an_error_and_never_stale(calls: int) -> None:
 
 def test_a_solution_that_was_given_does_not_follow_the_weights() -> None:
     model, feeds = small_model()
-    fast = torch.compile(model, backend=qfx.backend(quantized(model, SMOOTH, feeds), then="eager"))
+    fast = torch.compile(model, backend=unfused(quantized(model, SMOOTH, feeds), then="eager"))
     fast(**feeds)
     model.first.weight.zero_()
     with pytest.raises(QfxError, match="not those any more"):
@@ -287,10 +287,10 @@ def test_a_function_around_the_model() -> None:
     def call(x: Tensor) -> Tensor:
         return model(x)
 
-    chosen = qfx.backend(SMOOTH, calibration=[feeds], model=model, then="eager")
+    chosen = unfused(SMOOTH, calibration=[feeds], model=model, then="eager")
     assert torch.equal(torch.compile(call, backend=chosen)(feeds["x"]), want)
     torch._dynamo.reset()
-    options = {"recipe": SMOOTH, "then": "eager", "calibration": [feeds]}
+    options = {"recipe": SMOOTH, "then": "eager", "fuse": False, "calibration": [feeds]}
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="model=model"):
         torch.compile(call, backend="qfx", options=options)(feeds["x"])
 
@@ -299,11 +299,11 @@ def test_graphs_of_parts_are_refused() -> None:
     model, feeds = Stack().eval(), {"x": torch.randn(2, 5, 64)}
     q = quantized(model, SMOOTH, feeds)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="only a part") as e:
-        torch.compile(model, backend=qfx.backend(q, then="eager"))(**feeds)
+        torch.compile(model, backend=unfused(q, then="eager"))(**feeds)
     assert isinstance(e.value.inner_exception, CaptureError)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"calibrate=N") as e:
-        torch.compile(model, backend=qfx.backend(SMOOTH, calibrate=1, then="eager"))(**feeds)
+        torch.compile(model, backend=unfused(SMOOTH, calibrate=1, then="eager"))(**feeds)
     assert isinstance(e.value.inner_exception, CaptureError)
 
 

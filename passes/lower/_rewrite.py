@@ -20,6 +20,7 @@ _VIEWS = {
     *(aten.squeeze.dim, aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.unbind.int),
     *(aten.alias.default, aten.detach.default, aten.flatten.using_ints, aten.unflatten.int, aten.sym_size.int),
 }
+_WRITTEN = "qfx_written"
 
 
 @dataclass
@@ -83,6 +84,28 @@ def emit(graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node) -> fx
 def part(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     """One of the results of a call."""
     return emit(graph, operator.getitem, (node, index), node)
+
+
+def mark_writes(graph: fx.Graph) -> None:
+    """Marks values whose memory some op writes to, such as a cache: what reads them may not move."""
+    memory: dict[fx.Node, fx.Node] = {}
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        views = node.target is operator.getitem or (schema and any(r.alias_info for r in schema.returns))
+        source = node.args[0] if views and node.args else None
+        memory[node] = memory[source] if isinstance(source, fx.Node) else node
+        for argument, given in zip(schema.arguments, node.args, strict=False) if schema else ():
+            if argument.is_write:
+                fx.map_arg(given, lambda n: written.add(memory[n]))
+    for node in graph.nodes:
+        if memory[node] in written:
+            node.meta[_WRITTEN] = True
+
+
+def is_written(node: Any) -> bool:
+    """Whether `mark_writes` found an op that writes to a value's memory."""
+    return isinstance(node, fx.Node) and _WRITTEN in node.meta
 
 
 def sole_user(node: fx.Node) -> fx.Node | None:

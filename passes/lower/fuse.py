@@ -7,7 +7,7 @@ been rounded between two ops is rounded once, so that a code may be the next one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from qfx.passes.lower._rewrite import (
     emit,
     hoist,
     is_call,
+    is_written,
+    mark_writes,
     op_name,
     part,
     sole_user,
@@ -43,6 +45,8 @@ aten, ops = torch.ops.aten, torch.ops.qfx
 QUANTIZE = ops.quantize_rows.default
 NORM, GATED = ops.norm_quantize.default, ops.gated_quantize.default
 GEMMS = {ops.int8_linear.default: ops.int8_gemm.default, ops.fp8_linear.default: ops.fp8_gemm.default}
+
+WRITTEN = "the model writes into its input, in place"
 
 Report = Callable[[fx.Node, str], None]
 
@@ -57,7 +61,9 @@ def quantize_apart(graph: fx.Graph, miss: Report) -> int:
         if not is_call(node, *GEMMS):
             continue
         a, x = arguments(node), value(node.args[0])
-        if x is None or x.dtype not in int8_gemm.OUT_DTYPES:
+        if is_written(node.args[0]):
+            miss(node, WRITTEN)
+        elif x is None or x.dtype not in int8_gemm.OUT_DTYPES:
             miss(node, "its input has a dtype that no product of codes returns")
         elif a["per_tensor"] and a["x_scale"] is None:
             miss(node, "its input has one dynamic scale for all tokens")
@@ -77,8 +83,8 @@ def quantize_apart(graph: fx.Graph, miss: Report) -> int:
 def _grouped_apart(graph: fx.Graph, node: fx.Node, miss: Report) -> bool:
     """The same for weights in tiles, whose product takes codes as rows."""
     a, x = arguments(node), value(node.args[0])
-    if x is None or a["order"] is not None:
-        miss(node, "the columns of its input are reordered")
+    if x is None or a["order"] is not None or is_written(node.args[0]):
+        miss(node, WRITTEN if is_written(node.args[0]) else "the columns of its input are reordered")
         return False
     with graph.inserting_before(node):
         quantized = emit(graph, QUANTIZE, (a["x"], a["x_grid"], None, None), node)
@@ -159,33 +165,48 @@ def quantize_norms(graph: fx.Graph, miss: Report) -> int:
     """A norm gives codes itself, and takes the residual sum in front of it in."""
     done = 0
     for norm in reversed(find_norms(graph)):  # what one replaces, those before it do not read
-        readers = [u for u in norm.y.users if is_call(u, QUANTIZE)]
-        summed = _residual(norm, miss)
-        if not readers and summed is None and not norm.spelled:
-            miss(norm.y, "no quantized linear reads it, and there is no residual sum in front of it")
-            continue
-        a = arguments(readers[0]) if readers else {"x_grid": "", "x_scale": None, "x_zero": None}
-        same = [r for r in readers if tuple(arguments(r).values()) == tuple(a.values())]
-        others = [u for u in norm.y.users if u not in same]
-        x, residual = summed or (norm.x, None)
-        with graph.inserting_before(norm.first):
-            for constant in (norm.gain, norm.bias, a["x_scale"], a["x_zero"]):
-                hoist(constant, norm.first)
-            settings = norm.eps, norm.center, norm.cast_first
-            grid = a["x_grid"], a["x_scale"], a["x_zero"]
-            fused = emit(graph, NORM, (x, residual, norm.gain, norm.bias, *settings, *grid, bool(others)), norm.y)
-            if others:
-                y = part(graph, fused, 2)
-                norm.y.replace_all_uses_with(y, delete_user_cb=others.__contains__)
-            if summed is not None:
-                total = part(graph, fused, 3)
-                after = [user for user in norm.x.users if user is not fused]
-                norm.x.replace_all_uses_with(total, delete_user_cb=after.__contains__)
-        for reader in same:
-            _merge_parts(graph, fused, reader)
-        graph.eliminate_dead_code()
-        done += 1
+        if any(is_call(u, QUANTIZE) for u in norm.y.users):
+            done += _fuse_norm(graph, norm, miss)
+        else:
+            miss(norm.y, "no quantized linear reads it")
     return done
+
+
+def fuse_norms(graph: fx.Graph, miss: Report) -> int:
+    """A norm that no quantized linear reads becomes one op, and takes the residual sum in front of it in."""
+    return sum(_fuse_norm(graph, norm, miss) for norm in reversed(find_norms(graph)))
+
+
+def _fuse_norm(graph: fx.Graph, norm: Norm, miss: Report) -> bool:
+    if is_written(norm.x) or is_written(norm.y):
+        miss(norm.y, WRITTEN)
+        return False
+    readers = [u for u in norm.y.users if is_call(u, QUANTIZE)]
+    summed = _residual(norm, miss)
+    if not readers and summed is None and not norm.spelled:
+        miss(norm.y, "it is one op, and there is no residual sum in front of it")
+        return False
+    a = arguments(readers[0]) if readers else {"x_grid": "", "x_scale": None, "x_zero": None}
+    same = [r for r in readers if tuple(arguments(r).values()) == tuple(a.values())]
+    others = [u for u in norm.y.users if u not in same]
+    x, residual = summed or (norm.x, None)
+    with graph.inserting_before(norm.first):
+        for constant in (norm.gain, norm.bias, a["x_scale"], a["x_zero"]):
+            hoist(constant, norm.first)
+        settings = norm.eps, norm.center, norm.cast_first
+        grid = a["x_grid"], a["x_scale"], a["x_zero"]
+        fused = emit(graph, NORM, (x, residual, norm.gain, norm.bias, *settings, *grid, bool(others)), norm.y)
+        if others:
+            y = part(graph, fused, 2)
+            norm.y.replace_all_uses_with(y, delete_user_cb=others.__contains__)
+        if summed is not None:
+            total = part(graph, fused, 3)
+            after = [user for user in norm.x.users if user is not fused]
+            norm.x.replace_all_uses_with(total, delete_user_cb=after.__contains__)
+    for reader in same:
+        _merge_parts(graph, fused, reader)
+    graph.eliminate_dead_code()
+    return True
 
 
 def left_alone(graph: fx.Graph, miss: Report) -> int:
@@ -202,15 +223,19 @@ REWRITES: dict[str, Callable[[fx.Graph, Report], int]] = {
     "quantize gated products": quantize_gated,
     "end products": end_products,
     "quantize norms": quantize_norms,
+    "fuse norms": fuse_norms,
     "left alone": left_alone,
 }
 """In the order in which they run."""
 
 
-def rewrite(graph: fx.Graph) -> list[Rewritten]:
-    """Runs all rewrites on a graph, in place."""
+def rewrite(graph: fx.Graph, without: Container[str] = ()) -> list[Rewritten]:
+    """Runs all rewrites on a graph, in place, but for those that are named in `without`."""
     done = []
+    mark_writes(graph)
     for name, function in REWRITES.items():
+        if name in without:
+            continue
         result = Rewritten(name, before=count_ops(graph))
 
         def miss(node: fx.Node, why: str, result: Rewritten = result) -> None:
@@ -253,6 +278,8 @@ def _gated(x: fx.Node) -> tuple[fx.Node, fx.Node | None, str] | str:
             found = find_activation(left)
             if pair is None and found is not None and alike(found.x, up) and alike(x, up):
                 pair = found.x, up, found.name  # type: ignore[assignment]
+    if pair is not None and any(map(is_written, pair[:2])):
+        return WRITTEN
     if pair is not None and len(x.users) > 1:
         return f"{op_name(x)!r} is read {len(x.users)} times"
     return pair or ""
@@ -263,7 +290,9 @@ def _summand(node: fx.Node, y: fx.Node) -> fx.Node | None:
     if not is_call(node, aten.add.Tensor) or node.kwargs:
         return None
     other = next((a for a in node.args if a is not y), None)
-    return other if isinstance(other, fx.Node) and alike(other, y) and alike(node, y) else None
+    if not isinstance(other, fx.Node) or is_written(other):
+        return None
+    return other if alike(other, y) and alike(node, y) else None
 
 
 def _why_no_end(node: fx.Node) -> str:
@@ -279,6 +308,9 @@ def _residual(norm: Norm, miss: Report) -> tuple[fx.Node, fx.Node] | None:
     if not is_call(x, aten.add.Tensor) or x.kwargs or len(x.all_input_nodes) != 2:
         return None
     a, b = x.all_input_nodes
+    if is_written(a) or is_written(b):
+        miss(x, WRITTEN)
+        return None
     if not (alike(a, b) and alike(a, x)):
         miss(x, "the summands in front of the norm differ in shape or dtype")
         return None
