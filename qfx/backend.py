@@ -24,11 +24,14 @@ from qfx.passes.discover.dynamo import Traced, compiled_model, trace
 from qfx.passes.discover.linears import find_linears
 from qfx.passes.discover.plan import make_plan
 from qfx.passes.lower._rewrite import Rewritten
-from qfx.passes.lower.graph import replace_linear
+from qfx.passes.lower.graph import by_op, form_of, plain_bias, put_module
+from qfx.passes.lower.merge import merge_linears
 
 from ._handover import calls_quantized, codes_of, fake, finish, fuse
 from .core.errors import CalibrationError, CaptureError, KernelError, QfxError, RecipeError
 from .core.graph import Graph
+from .core.linear import Linear
+from .core.report import Miss
 from .core.spec import Scheme, parse_scheme
 from .recipes import FLOAT, PRESETS, Recipe
 from .watched import Product, Slot, Weight
@@ -182,9 +185,8 @@ class Backend:
             with torch.inference_mode(False), torch.no_grad():
                 traced = trace(gm, examples)
                 weights = self._rewrite(traced, examples)
-                self._fuse(traced)
             rewritten, kept = finish(traced, gm, codes_of(weight.module for _, weight in weights))
-        slots = [Slot(traced.positions[name], weight) for name, weight in weights]
+        slots = [Slot(at, weight) for at, weight in weights]
         codes = [fake(t) for slot in slots for t in slot.weight.tensors]
         inner = self._compile(rewritten, [*(examples[i] for i in kept), *codes])
         only = [(at, weakref.ref(examples[at])) for at in traced.positions.values()] if self._names_layers else []
@@ -193,7 +195,7 @@ class Backend:
             for at, parameter in only:
                 if parameter() is not inputs[at]:
                     raise QfxError(SHARED)
-            stored = [t for slot in slots for t in slot.tensors(inputs[slot.at])]
+            stored = [t for slot in slots for t in slot.tensors(inputs)]
             return inner(*[inputs[i] for i in kept], *stored)
 
         return run
@@ -211,14 +213,15 @@ class Backend:
         then = torch._dynamo.lookup_backend(self.then)  # type: ignore[arg-type]
         return functools.partial(then, **{k: v for k, v in given.items() if v})
 
-    def _fuse(self, traced: Traced) -> None:
+    def _fuse(self, traced: Traced, before: Sequence[Rewritten] = ()) -> None:
         if self.fuse and calls_quantized(traced.graph.fx):
-            self.rewrites.append(fuse(traced))
+            self.rewrites.append([*before, *fuse(traced)])
 
-    def _rewrite(self, traced: Traced, examples: Sequence[Any]) -> list[tuple[str, Weight]]:
-        """Quantizes what the recipe plans; the parameters' names and their weights, read as `qfx_0`, `qfx_1` ..."""
+    def _rewrite(self, traced: Traced, examples: Sequence[Any]) -> list[tuple[list[int], Weight]]:
+        """Quantizes what the recipe plans; each weight, read as `qfx_0`, `qfx_1` ..., and where its parameters are."""
         graph = traced.graph
         if not self.recipe.schemes:
+            self._fuse(traced)
             return []
         linears, misses = find_linears(graph)
         plan = make_plan(graph, linears, self.recipe.schemes, self.recipe.ignore, whole=False)
@@ -226,27 +229,44 @@ class Backend:
         missed = {m.where: m.why for m in misses} | _fused(graph)
         self.floats |= {name.removesuffix(".weight"): why for name, why in missed.items() if name not in covered}
         self.floats |= {name.removesuffix(".weight"): why for name, why in plan.floats.items()}
-        used: list[tuple[str, Weight]] = []
-        for linear in linears:
-            if (scheme := plan.schemes.get(linear.weight)) is None:
-                continue
-            product = Product(linear.name, linear.node.target, linear.axes, scheme, tuple(self.recipe.steps))
+        products = {
+            linear: Product(linear.name, linear.node.target, linear.axes, scheme, tuple(self.recipe.steps))
+            for linear in linears
+            if (scheme := plan.schemes.get(linear.weight)) is not None
+        }
+        merged = self._merge(graph, {x: form_of(x, p.scheme, graph.attr(x.weight)) for x, p in products.items()})
+        used: list[tuple[list[int], Weight]] = []
+        for group in merged[0]:
+            names = [linear.weight for linear in group]
+            names += [name for linear in group if len(group) > 1 and (name := plain_bias(linear))]
+            at = [traced.positions[name] for name in names]
             try:
-                weight = Weight.of(product, examples[traced.positions[linear.weight]])
+                weight = Weight.of([products[linear] for linear in group], [examples[i] for i in at])
             except KernelError as e:
-                self.floats[linear.name] = str(e)
-                log.warning("qfx backend: %s stays in float: %s", linear.name, e)
+                for linear in group:
+                    self.floats[linear.name] = str(e)
+                    log.warning("qfx backend: %s stays in float: %s", linear.name, e)
                 continue
-            if (linear.weight, weight) not in used:
-                used.append((linear.weight, weight))
-            name = f"qfx_{used.index((linear.weight, weight))}"
-            graph.module.add_module(name, weight.module)
-            old, new = linear.y, replace_linear(graph, linear, weight.module, name)
-            for other in linears:
-                if other.x is old:
-                    other.x = new
-            self.layers[linear.name] = weight.module.scheme
+            if (at, weight) not in used:
+                used.append((at, weight))
+            put_module(graph, linears, group, weight.module, f"qfx_{used.index((at, weight))}")
+            self.layers |= {linear.name: products[linear].scheme for linear in group}
+        self._fuse(traced, merged[1])
         return used
+
+    def _merge(
+        self, graph: Graph, forms: Mapping[Linear, QLinear | None]
+    ) -> tuple[list[list[Linear]], list[Rewritten]]:
+        """Linears in groups that become one, or alone; and what was merged."""
+        if not self.fuse:
+            return [[linear] for linear in forms], []
+        biases = {linear: plain_bias(linear) for linear in forms}
+        fit = {x: form for x, form in forms.items() if form is not None and biases[x] is not None}
+        groups, done = merge_linears(list(forms), fit, {x for x, bias in biases.items() if bias})
+        why = "what is added to it is no parameter as it is"
+        done.misses += [Miss(x.name, why, done.name) for x in forms if by_op(x) and biases[x] is None]
+        of = {linear: group for group in groups for linear in group}
+        return [of.get(x, [x]) for x in forms if of.get(x, [x])[0] is x], [done]
 
 
 def _is_solved(recipe: Any) -> bool:

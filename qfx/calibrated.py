@@ -161,9 +161,9 @@ class CalibratedBackend(Backend):
     def _rewrite_solved(
         self, solution: Solution, traced: Traced, gm: fx.GraphModule
     ) -> tuple[fx.GraphModule, list[int], list[Tensor]]:
-        extra = solution.rewrite(traced)
         with torch.inference_mode(False), torch.no_grad():
-            self._fuse(traced)
+            extra, merged = solution.rewrite(traced, self.fuse)
+            self._fuse(traced, merged)
         rewritten, kept = finish(traced, gm, extra)
         return rewritten, kept, list(extra.values())
 

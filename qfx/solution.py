@@ -15,8 +15,10 @@ from qfx.modules.parameter import Slot
 from qfx.modules.state import BUFFERS
 from qfx.passes.discover.dynamo import Traced
 from qfx.passes.discover.linears import find_linears
+from qfx.passes.lower._rewrite import Rewritten
 from qfx.passes.lower.additions import put_bias, put_map, put_shift
-from qfx.passes.lower.graph import Dequantize, fit_kernel, replace_linear
+from qfx.passes.lower.graph import Dequantize, fit_kernel, join, plain_bias, put_module
+from qfx.passes.lower.merge import merge_linears
 
 from ._tree import slots_of
 from .core.errors import CaptureError, QfxError
@@ -44,6 +46,7 @@ class Solution:
         maps: paths of linears that map their input first.
         names: of the float model's parameters that the solution replaces; a graph must read them all.
         seen: the float model's parameters as they were, by name: a weak reference, version and address.
+        joined: linears of `layers` that are computed as one, by the paths of those.
     """
 
     model: weakref.ref[nn.Module]
@@ -54,6 +57,7 @@ class Solution:
     maps: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     seen: dict[str, tuple[Any, int, int]] = field(default_factory=dict)
+    joined: dict[tuple[str, ...], QLinear] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -146,14 +150,15 @@ class Solution:
             name in self.seen and self.fits(name, p) for name, p in model.named_parameters(remove_duplicate=False)
         )
 
-    def rewrite(self, traced: Traced) -> dict[str, Tensor]:
+    def rewrite(self, traced: Traced, merge: bool = False) -> tuple[dict[str, Tensor], list[Rewritten]]:
         """Lets a graph of the float model compute what the quantized model computes.
 
         Args:
             traced: the graph, which is changed, with parameters under their names in the float model.
+            merge: whether linears that read one value become one.
 
         Returns:
-            The tensors that it reads now beside its inputs, by the names below which it reads them.
+            The tensors that it reads now beside its inputs, by the names below which it reads them; what was merged.
 
         Raises:
             CaptureError: the graph is not of the whole model, or reads a parameter in another way than the capture did.
@@ -170,8 +175,12 @@ class Solution:
         for path in self.shifts:
             name = f"{path}.{NAME}"
             put_shift(graph, linears, path, target[name], self.values[name])
-        for i, linear in enumerate(linears):
-            if (module := self._put(graph, linears, linear, target, f"qfx_{i}")) is not None:
+        paths = {linear: self._prepare(graph, linear, target) for linear in linears}
+        done: list[Rewritten] = []
+        groups = self._groups(linears, paths, done) if merge else [[linear] for linear in linears]
+        for i, group in enumerate(groups):
+            if (module := self._module(graph, group, paths)) is not None:
+                put_module(graph, linears, group, module, f"qfx_{i}")
                 extra |= {f"qfx_{i}.{leaf}": buffer for leaf, buffer in module.named_buffers()}
         graph.fx.eliminate_dead_code()
         for node in list(graph.fx.find_nodes(op="get_attr")):
@@ -182,7 +191,7 @@ class Solution:
                 who = ", ".join(sorted({str(user.target) for user in node.users}))
                 raise CaptureError(f"backend: {name} is quantized, and {who} in Dynamo's graph reads it in float")
         read = {str(node.target) for node in graph.fx.find_nodes(op="get_attr")}
-        return {name: value for name, value in extra.items() if name in read}
+        return {name: value for name, value in extra.items() if name in read}, done
 
     def _check_whole(self, read: set[str]) -> None:
         model = self.model()
@@ -197,30 +206,46 @@ class Solution:
                 "use qfx.quantize and compile what it returns"
             )
 
-    def _put(
-        self, graph: Graph, linears: list[Linear], linear: Linear, target: Mapping[str, str], name: str
-    ) -> QLinear | Dequantize | None:
-        """Replaces one product of the graph, if it is quantized, by a module that the graph reads below `name`."""
+    def _prepare(self, graph: Graph, linear: Linear, target: Mapping[str, str]) -> str:
+        """Adds to one product of the graph what folds have added to its module; returns the module's path."""
         path = layer_path(linear.node)
         if path not in self.layers and linear.name in self.layers:
             path = linear.name
-        module: QLinear | Dequantize | None = self.layers.get(path) or self.parameters.get(linear.weight)
         if path in self.maps:
             gain, offset = f"{path}.{GAIN}", f"{path}.{OFFSET}"
             put_map(graph, linear, (target[gain], target[offset]), (self.values[gain], self.values[offset]))
         bias = f"{path}.bias"
         if bias in self.values and bias not in self.seen:
             put_bias(graph, linear, target[bias], self.values[bias])
-        elif isinstance(module, QLinear) and linear.y is not linear.node and bias not in self.seen:
+        elif path in self.layers and linear.y is not linear.node and bias not in self.seen:
             linear.y = linear.node  # what is added outside of the module stays an addition
-        if module is None:
-            return None
-        graph.module.add_module(name, module)
-        old, new = linear.y, replace_linear(graph, linear, module, name)
-        for other in linears:
-            if other.x is old:
-                other.x = new
-        return module
+        return path
+
+    def _groups(self, linears: list[Linear], paths: Mapping[Linear, str], done: list[Rewritten]) -> list[list[Linear]]:
+        """Linears in groups that become one, or alone; what was merged is added to `done`."""
+        known = [x for x in linears if paths[x] in self.layers or x.weight in self.parameters]
+        fit = {x: self.layers[paths[x]] for x in known if paths[x] in self.layers and plain_bias(x) is not None}
+        groups, merged = merge_linears(known, fit, {x for x in fit if plain_bias(x)})
+        done.append(merged)
+        of = {linear: group for group in groups for linear in group}
+        return [of.get(x, [x]) for x in linears if of.get(x, [x])[0] is x]
+
+    def _module(self, graph: Graph, group: list[Linear], paths: Mapping[Linear, str]) -> QLinear | Dequantize | None:
+        """What computes a linear, or several as one; None for one that is not quantized."""
+        names = tuple(paths[linear] for linear in group)
+        for name in names if names not in self.joined else ():
+            if name in self.layers and self.layers[name].part is not None:  # of others, in another graph
+                self.layers[name] = _plain(self.layers[name], self.layers[name].device)
+        if len(group) == 1:
+            module = self.layers.get(names[0])
+            if module is not None and not module.kernel:
+                fit_kernel(module, module.device)
+            return module or self.parameters.get(group[0].weight)
+        if names not in self.joined:
+            biases = [plain_bias(linear) for linear in group]
+            given = [self.values.get(b, graph.attr(b)) for b in biases if b]
+            self.joined[names] = join([self.layers[name] for name in names], given)
+        return self.joined[names]
 
 
 def _check_class(solved: nn.Module, model: nn.Module) -> None:
@@ -255,7 +280,6 @@ def _plain(module: QLinear, device: torch.device) -> QLinear:
         if (value := getattr(module, name)) is not None:
             setattr(plain, name, value.to(device))
     plain.train(False)
-    fit_kernel(plain, device)
     return plain
 
 

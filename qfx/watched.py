@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qfx.modules.linear import QLinear
-from qfx.passes.lower.graph import Dequantize, quantized_weight
+from qfx.passes.lower.graph import Dequantize, join, quantized_weight
 
 from .core.graph import Graph
 from .core.linear import Linear
@@ -48,7 +49,7 @@ class Product:
         chosen = [{s.name: settings(s)} for s in self.steps]
         return json.dumps([self.scheme.to_dict(), chosen, self.axes, str(self.target)])
 
-    def quantize(self, parameter: Tensor) -> QLinear | Dequantize:
+    def quantize(self, parameter: Tensor, *fit: bool) -> QLinear | Dequantize:
         """Runs the steps on a graph of this product alone, with a copy of the parameter: solvers write into it."""
         holder = nn.Module()
         holder.weight = nn.Parameter(parameter.detach().clone(), requires_grad=False)
@@ -63,60 +64,75 @@ class Product:
         for step in self.steps:
             run_pass(state, step, settings(step), done)
             done.append(step.name)
-        return quantized_weight(linear, state.solved["weight"], parameter)
+        return quantized_weight(linear, state.solved["weight"], parameter, *fit)
 
 
 @dataclass(eq=False)
 class Weight:
-    """A parameter's quantized weight, and the state of the parameter from which it was made.
+    """The quantized weight of a parameter, or of several that are multiplied with one value, and how those were then.
 
     Attributes:
-        product: how it was made.
+        products: how it was made; several are computed as one.
         module: holds the codes; graphs read its buffers.
         made: how often the weight was quantized.
     """
 
-    product: Product
+    products: tuple[Product, ...]
     module: QLinear | Dequantize
     made: int = 1
-    _parameter: Any = None
-    _version: int = 0
-    _address: int = 0
+    _seen: tuple[tuple[Any, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Finds the tensors that graphs read."""
         self.tensors = list(self.module.buffers())
 
     @classmethod
-    def of(cls, product: Product, parameter: Tensor) -> Weight:
-        """The weight of a parameter in a product, quantized when it is first asked for and when it has changed."""
-        known: dict[str, Weight] = WEIGHTS.setdefault(parameter, {})
-        if product.key not in known:
+    def of(cls, products: Sequence[Product], parameters: Sequence[Tensor]) -> Weight:
+        """The weight, quantized when it is first asked for and when a parameter has changed.
+
+        Args:
+            products: of one linear, or of those that become one.
+            parameters: of each product; behind them, the bias of each, if several are joined and have biases.
+        """
+        known: dict[Any, Weight] = WEIGHTS.setdefault(parameters[0], {})
+        for stale in [k for k, w in known.items() if any(reference() is None for reference, *_ in w._seen)]:
+            del known[stale]  # joined with a parameter that is gone
+        key = (*(product.key for product in products), *map(id, parameters[1:]))
+        if key not in known:
+            known[key] = cls(tuple(products), _quantize(products, parameters))
+            known[key].watch(parameters)
+        known[key].check(parameters)
+        return known[key]
+
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Remembers the parameters as they are now."""
+        self._seen = tuple((weakref.ref(p), p._version, p.data_ptr()) for p in parameters)
+
+    def fits(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters, and nothing was written to them since."""
+        return all(
+            reference() is p and version == p._version and address == p.data_ptr()
+            for (reference, version, address), p in zip(self._seen, parameters, strict=True)
+        )
+
+    def check(self, parameters: Sequence[Tensor]) -> None:
+        """Quantizes its own parameters anew if one was written to."""
+        if not self.fits(parameters):
+            fresh = _quantize(self.products, parameters)
             with torch.inference_mode(False), torch.no_grad():
-                known[product.key] = cls(product, product.quantize(parameter))
-            known[product.key].watch(parameter)
-        known[product.key].check(parameter)
-        return known[product.key]
-
-    def watch(self, parameter: Tensor) -> None:
-        """Remembers the parameter as it is now."""
-        self._parameter = weakref.ref(parameter)
-        self._version, self._address = parameter._version, parameter.data_ptr()
-
-    def fits(self, parameter: Tensor) -> bool:
-        """Whether this is the parameter, and nothing was written to it since."""
-        same = self._parameter() is parameter and self._version == parameter._version
-        return bool(same and self._address == parameter.data_ptr())
-
-    def check(self, parameter: Tensor) -> None:
-        """Quantizes its own parameter anew if that was written to."""
-        if not self.fits(parameter):
-            with torch.inference_mode(False), torch.no_grad():
-                fresh = self.product.quantize(parameter)
                 for old, new in zip(self.tensors, fresh.buffers(), strict=True):
                     old.copy_(new)  # in place: recorded CUDA graphs hold the addresses
             self.made += 1
-            self.watch(parameter)
+            self.watch(parameters)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _quantize(products: Sequence[Product], parameters: Sequence[Tensor]) -> QLinear | Dequantize:
+    if len(products) == 1:
+        return products[0].quantize(parameters[0])
+    made = [product.quantize(parameter, False) for product, parameter in zip(products, parameters, strict=False)]
+    return join([m for m in made if isinstance(m, QLinear)], parameters[len(products) :])
 
 
 @dataclass
@@ -124,19 +140,20 @@ class Slot:
     """A place of a graph where a quantized weight is read.
 
     Attributes:
-        at: position of its parameter among the graph's inputs.
+        at: positions of its parameters among the graph's inputs.
         weight: the one that was read last; Dynamo may call one graph with several layers' parameters.
     """
 
-    at: int
+    at: Sequence[int]
     weight: Weight
 
-    def tensors(self, parameter: Tensor) -> list[Tensor]:
-        """The codes and scales of the parameter with which the graph is called."""
-        if not self.weight.fits(parameter):
-            self.weight = Weight.of(self.weight.product, parameter)
+    def tensors(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """The codes and scales of the parameters with which the graph is called."""
+        parameters = [inputs[at] for at in self.at]
+        if not self.weight.fits(parameters):
+            self.weight = Weight.of(self.weight.products, parameters)
         return self.weight.tensors
 
 
 WEIGHTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By parameter and then by how it is quantized: every graph and every recompilation reads the same codes."""
+"""By the first parameter and then by how it is quantized: every graph and every recompilation reads the same codes."""

@@ -7,6 +7,7 @@ been rounded between two ops is rounded once, so that a code may be the next one
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Container
 from typing import Any
 
@@ -17,6 +18,7 @@ from qfx.core.report import Miss
 from qfx.kernels import (  # noqa: F401 (their import registers the ops)
     fp8_gemm,
     gated_quantize,
+    hadamard,
     int8_gemm,
     norm_quantize,
     quantize_rows,
@@ -44,11 +46,37 @@ from qfx.passes.lower._rewrite import (
 aten, ops = torch.ops.aten, torch.ops.qfx
 QUANTIZE = ops.quantize_rows.default
 NORM, GATED = ops.norm_quantize.default, ops.gated_quantize.default
+HADAMARD = ops.hadamard.default
 GEMMS = {ops.int8_linear.default: ops.int8_gemm.default, ops.fp8_linear.default: ops.fp8_gemm.default}
 
+LINEARS = (*GEMMS, ops.w4a8_linear.default)
+SHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 WRITTEN = "the model writes into its input, in place"
 
 Report = Callable[[fx.Node, str], None]
+
+
+def keep_shape(graph: fx.Graph, miss: Report) -> int:
+    """A linear whose input is made rows, and whose output is shaped back, takes the input as it is."""
+    done = 0
+    for node in list(graph.nodes):
+        rows, shaped = node.args[0] if is_call(node, *LINEARS) else None, sole_user(node)
+        if not isinstance(rows, fx.Node) or shaped is None or not all(is_call(n, *SHAPES) for n in (rows, shaped)):
+            continue
+        x = rows.args[0]
+        source, like, y = value(x), value(rows), value(shaped)
+        if source is None or like is None or y is None or is_written(x):
+            continue
+        lead, back = list(map(str, source.shape[:-1])), list(map(str, y.shape[:-1]))
+        if str(source.shape[-1]) != str(like.shape[-1]) or lead != back:
+            miss(node, "its output is shaped otherwise than its input was")
+            continue
+        with graph.inserting_before(node):
+            whole = emit(graph, node.target, (x, *node.args[1:]), node)
+        _replace(graph, shaped, whole)
+        graph.erase_node(node)
+        done += 1
+    return done
 
 
 def quantize_apart(graph: fx.Graph, miss: Report) -> int:
@@ -138,6 +166,27 @@ def quantize_gated(graph: fx.Graph, miss: Report) -> int:
     return done
 
 
+def quantize_hadamards(graph: fx.Graph, miss: Report) -> int:
+    """A Hadamard transform gives codes itself."""
+    done = 0
+    for node in list(graph.nodes):
+        y = node.args[0] if is_call(node, QUANTIZE) else None
+        source = y.args[0] if isinstance(y, fx.Node) and is_call(y, operator.getitem) else None
+        if not isinstance(source, fx.Node) or not is_call(source, HADAMARD) or arguments(source)["x_grid"]:
+            continue
+        if len(y.users) > 1:  # type: ignore[union-attr]
+            miss(node, f"what the transform gives is read {len(y.users)} times")  # type: ignore[union-attr]
+            continue
+        a = arguments(node)
+        with graph.inserting_before(node):
+            block = arguments(source)["block"]
+            fused = emit(graph, HADAMARD, (source.args[0], block, a["x_grid"], a["x_scale"], a["x_zero"]), node)
+        _replace(graph, node, fused)
+        graph.eliminate_dead_code()
+        done += 1
+    return done
+
+
 def end_products(graph: fx.Graph, miss: Report) -> int:
     """An activation function and a residual sum behind a product of codes become its last steps."""
     done = 0
@@ -218,9 +267,11 @@ def left_alone(graph: fx.Graph, miss: Report) -> int:
 
 
 REWRITES: dict[str, Callable[[fx.Graph, Report], int]] = {
+    "keep shapes": keep_shape,
     "quantize apart": quantize_apart,
     "share codes": share_codes,
     "quantize gated products": quantize_gated,
+    "quantize hadamards": quantize_hadamards,
     "end products": end_products,
     "quantize norms": quantize_norms,
     "fuse norms": fuse_norms,

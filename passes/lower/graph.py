@@ -7,7 +7,7 @@ einsum, reads the dequantized weight.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,16 @@ from qfx.core.spec import QSpec, Scheme
 from qfx.kernels.pack import dequantize_stored, store
 from qfx.modules.kernels import KERNELS, choose_kernel
 from qfx.modules.linear import QLinear
+from qfx.modules.merged import merge
+from qfx.passes.lower._rewrite import emit, part
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.linear.default: 0, aten.matmul.default: 0, aten.mm.default: 0, aten.addmm.default: 1}
 _STATIC = ("input_scale", "input_zero")
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+_STRIDED = {aten.transpose.int, aten.permute.default, aten.t.default, aten.slice.Tensor, aten.unsqueeze.default}
+BIAS = "joined_bias"
+"""The biases of linears that are computed as one, one below the other."""
 
 
 class Dequantize(nn.Module):
@@ -114,8 +120,14 @@ class StaticQuantize:
         return fake_quantize(x, scale, zero, self.spec)
 
 
-def quantized_weight(linear: Linear, solved: Solved, parameter: Tensor) -> QLinear | Dequantize:
+def quantized_weight(linear: Linear, solved: Solved, parameter: Tensor, fit: bool = True) -> QLinear | Dequantize:
     """The module that holds a solved weight and calls what computes it, on the parameter's device.
+
+    Args:
+        linear: the product.
+        solved: what a solver gave for its weight.
+        parameter: the weight.
+        fit: whether a linear on a CUDA device gets the layout of its kernel.
 
     Raises:
         KernelError: no op computes the scheme.
@@ -125,8 +137,22 @@ def quantized_weight(linear: Linear, solved: Solved, parameter: Tensor) -> QLine
     qtensor = solved.qtensor.to(parameter.device)
     given: Any = {"input_scale": solved.input_scale, "input_zero": solved.input_zero}
     module = QLinear.from_qtensor(qtensor, None, solved.scheme, dtype=parameter.dtype, **given)
-    fit_kernel(module, parameter.device)
+    if fit:
+        fit_kernel(module, parameter.device)
     return module
+
+
+def join(members: Sequence[QLinear], biases: Sequence[Tensor]) -> QLinear:
+    """One linear of several that read one value; `BIAS` is a buffer of it. The members give their weights away.
+
+    Raises:
+        KernelError: they are not alike.
+    """
+    whole = merge(members).whole
+    if biases:
+        whole.register_buffer(BIAS, torch.cat([b.detach() for b in biases]))
+    fit_kernel(whole, whole.device)
+    return whole
 
 
 def fit_kernel(module: QLinear, device: torch.device) -> None:
@@ -144,12 +170,47 @@ def by_op(linear: Linear) -> bool:
     return linear.node.target in _PRODUCTS and not experts and len(out) == len(columns) == 1
 
 
+def form_of(linear: Linear, scheme: Scheme, parameter: Tensor) -> QLinear | None:
+    """An empty module of the form that a linear will have; None if no op computes it."""
+    if not by_op(linear):
+        return None
+    out, columns = (parameter.shape[axes[0]] for axes in linear.axes[1:])
+    with contextlib.suppress(KernelError):  # whoever makes the weight tells it
+        return QLinear.empty(columns, out, scheme, bias=False, dtype=parameter.dtype, device="meta")
+    return None
+
+
+def put_module(
+    graph: Graph, linears: Sequence[Linear], group: Sequence[Linear], module: QLinear | Dequantize, name: str
+) -> None:
+    """Computes a linear, or several with what `join` gave, with a module that the graph reads below `name`.
+
+    Args:
+        graph: it is changed.
+        linears: of the graph; those that read a value which is replaced read the new one.
+        group: one of them, or several that read one value.
+        module: what computes them.
+        name: as above.
+    """
+    graph.module.add_module(name, module)
+    before = [linear.y for linear in group]
+    if len(group) > 1:
+        assert isinstance(module, QLinear)
+        after = replace_joined(graph, group, module, name)
+    else:
+        after = [replace_linear(graph, group[0], module, name)]
+    for old, new in zip(before, after, strict=True):
+        for other in linears:
+            if other.x is old:
+                other.x = new
+
+
 def replace_linear(graph: Graph, linear: Linear, module: QLinear | Dequantize, name: str) -> fx.Node:
     """Computes a linear with a quantized weight, which the graph reads below `name`; returns its output value."""
     if isinstance(module, Dequantize):
         _dequantize(graph, linear, module, name)
         return linear.y
-    y, bias = linear.y, _bias(linear)
+    y, bias = linear.y, bias_of(linear)
     if linear.foreign_bias:
         y = linear.node
     with graph.fx.inserting_before(y):
@@ -165,7 +226,45 @@ def replace_linear(graph: Graph, linear: Linear, module: QLinear | Dequantize, n
     return result
 
 
-def _bias(linear: Linear) -> Any:
+def plain_bias(linear: Linear) -> str | None:
+    """The name of the bias that is added to a product, "" if there is none, None if it is no parameter as it is."""
+    bias = bias_of(linear)
+    if bias is None or linear.foreign_bias:
+        return "" if bias is None else None
+    return str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+
+
+def replace_joined(graph: Graph, linears: Sequence[Linear], module: QLinear, name: str) -> list[fx.Node]:
+    """Computes linears that read one value with what `join` gave; returns their output values."""
+    first, sizes = linears[0], [linear.y.meta["val"].shape[-1] for linear in linears]
+    with graph.fx.inserting_before(first.node):
+        bias = _attribute(graph.fx, BIAS, module, name) if BIAS in module._buffers else None
+        whole = _call(graph.fx, module, first.x, bias, name, first.node)
+        like = first.node.meta["val"]
+        whole.meta["val"] = like.new_empty((*like.shape[:-1], sum(sizes)))
+        split = emit(graph.fx, aten.split_with_sizes.default, (whole, sizes, -1), first.node)
+        parts = [part(graph.fx, split, i) for i in range(len(sizes))]
+    for linear, new in zip(linears, parts, strict=True):
+        new.meta |= {k: v for k, v in linear.y.meta.items() if k != "val"}
+        linear.y.replace_all_uses_with(new)
+        graph.fx.erase_node(linear.y)
+        if linear.y is not linear.node:
+            graph.fx.erase_node(linear.node)
+        _allow_strides(new)
+    graph.touch()
+    return parts
+
+
+def _allow_strides(node: fx.Node) -> None:
+    """Views of a value, which is a part of another one now, copy where its strides allow no view."""
+    for user in node.users:
+        if user.target in _VIEWS:
+            user.target = aten.reshape.default
+        if user.target is aten.reshape.default or user.target in _STRIDED:
+            _allow_strides(user)
+
+
+def bias_of(linear: Linear) -> Any:
     """The value that is added to the product."""
     node, y = linear.node, linear.y
     if y is not node:
