@@ -1,6 +1,7 @@
 """Tiles of a product on Hopper, cut so that every program gets the same amount of work, and their way to memory.
 
-Work is a list of pieces: a tile and a range of its blocks of 128 columns. For Gluon kernels of eight warps.
+Work is a list of pieces: a tile and a range of its blocks of 128 columns. For Gluon kernels of eight warps, together or
+in two partitions of four.
 """
 
 from __future__ import annotations
@@ -91,28 +92,33 @@ def _place_of(part_ptr, program, first, SIZE: gl.constexpr, PARTS: gl.constexpr,
 
 
 @gluon.jit
-def _stage(acc, staged, bias, QUARTER: gl.constexpr):
+def _stage(acc, staged, bias, t_ptr, token, M, QUARTER: gl.constexpr, FACTOR: gl.constexpr):
     WIDTH: gl.constexpr = acc.shape[1]
+    if t_ptr is not None:
+        tokens = token + QUARTER * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, acc.type.layout))
+        acc = acc * gl.expand_dims(gl.load(t_ptr + tokens, mask=tokens < M, other=0.0) * FACTOR, 0)
     staged.slice(QUARTER * WIDTH, WIDTH, 0).permute((1, 0)).store((acc + bias).to(staged.dtype))
 
 
 @gluon.jit
 def finish(
     acc, y, staged, b_ptr, part_ptr, count_ptr, n, m, N, tile, tiles, k0, k1, blocks, alone, WHOLE: gl.constexpr,
-    PART: gl.constexpr,
+    PART: gl.constexpr, t_ptr=None, M=0, FACTOR: gl.constexpr = 1.0,
 ):  # fmt: skip
     """Stores rows of a tile, or adds them to what other programs have of it.
 
     `acc` is float32 `[A, BT]`, rows `A * PART` and up of 256, and `staged` is shared memory `[BT, A]` for them.
     `part_ptr` has room for two tiles for each program, and `count_ptr` has zeros, `256 / A` for each tile that is not
     computed by one program. Sums are in the order of their columns, whatever the order in which programs finish.
+    `t_ptr` has a scale for each of M tokens, which is applied to the sum, times FACTOR.
     """
     A: gl.constexpr = acc.shape[0]
     BT: gl.constexpr = acc.shape[1]
     PARTS: gl.constexpr = 256 // A
     WIDTH: gl.constexpr = BT // 4
-    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BT // 2, 16])
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, WIDTH, 16])
+    WARPS: gl.constexpr = gl.num_warps()
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BT // 2, 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
     low, high = _halves(acc, HALF)
     c0, c1 = _halves(low, LAYOUT)
     c2, c3 = _halves(high, LAYOUT)
@@ -154,10 +160,10 @@ def finish(
             bias = gl.expand_dims(gl.load(b_ptr + rn, mask=rn < N, other=0.0).to(gl.float32), 1)
         tma.store_wait(0)  # what was staged before has left
         _barrier()
-        _stage(c0, staged, bias, 0)
-        _stage(c1, staged, bias, 1)
-        _stage(c2, staged, bias, 2)
-        _stage(c3, staged, bias, 3)
+        _stage(c0, staged, bias, t_ptr, m * BT, M, 0, FACTOR)
+        _stage(c1, staged, bias, t_ptr, m * BT, M, 1, FACTOR)
+        _stage(c2, staged, bias, t_ptr, m * BT, M, 2, FACTOR)
+        _stage(c3, staged, bias, t_ptr, m * BT, M, 3, FACTOR)
         fence_async_shared()
         _barrier()
         _async_store(y, [m * BT, n * 256 + PART * A], staged)

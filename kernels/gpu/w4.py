@@ -298,10 +298,7 @@ def w4(
             by_cublas(x, words, scale, zero, table, bias, y, group, decoder, config.chunk)
             return
         if config.specialized >= 0:
-            from qfx.kernels.gpu import w4_large  # needs Gluon
-
-            cut = w4_large.Config(tokens=config.tokens, whole=config.split == 1, programs=config.specialized)
-            w4_large.w4_large(x, words.view(torch.uint8), scale, zero, bias, rows, group, cut, out=y)
+            _run_specialized(config, x, x_scale, words.view(torch.uint8), scale, zero, bias, y, rows, group)
             return
         if config.shared:
             shape = config.warps, config.bn, config.stages, config.registers
@@ -325,11 +322,11 @@ def w4(
     kind = "int4_int8" if decoder is INT4_TO_E4M3 else decoder.kind
     key = (kind, group, f"{rows}x{columns}", bucket(tokens))
     dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
-    hopper = capable == 90 and decoder.kind == "int4"
+    hopper = capable == 90 and decoder.kind in ("int4", "int4_int8")
     rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"))
     config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense, hopper), run, words)
     if (config.shared and not w4_few.takes(tokens, group)) or (
-        config.specialized >= 0 and not (hopper and _takes_specialized(x, rows, group))
+        config.specialized >= 0 and not (hopper and _takes_specialized(x, rows, group, zero, dtype))
     ):
         config = rule  # of a table that was made for another number of tokens, or another group
     chosen = config, decoder
@@ -347,9 +344,34 @@ def w4(
 _fitting: dict[tuple[Config, Decoder], Config] = {}
 
 
-def _takes_specialized(x: Tensor, rows: int, group: int) -> bool:
+def _takes_specialized(x: Tensor, rows: int, group: int, zero: Tensor | None, dtype: torch.dtype) -> bool:
     try:
-        from qfx.kernels.gpu import w4_large
+        from qfx.kernels.gpu import w4_large, w4a8_large
     except ImportError:  # a Triton without Gluon, or with another one
         return False
+    if x.dtype == torch.int8:
+        return w4a8_large.supports(x, rows, group, zero, dtype) is None
     return w4_large.supports(x, rows, group) is None
+
+
+def _run_specialized(
+    config: Config,
+    x: Tensor,
+    x_scale: Tensor | None,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    rows: int,
+    group: int,
+) -> None:
+    from qfx.kernels.gpu import w4_large, w4a8_large  # need Gluon
+
+    whole, programs = config.split == 1, config.specialized
+    if x_scale is None:
+        cut = w4_large.Config(tokens=config.tokens, whole=whole, programs=programs)
+        w4_large.w4_large(x, tiles, scale, zero, bias, rows, group, cut, out=y)
+    else:
+        cut8 = w4a8_large.Config(config.bt, config.stages, config.tokens, whole, programs)
+        w4a8_large.w4a8_large(x, x_scale, tiles, scale, bias, rows, group, y.dtype, cut8, y)

@@ -20,8 +20,9 @@ class Config:
         registers: limit for a thread, so that more programs fit; 0 for none.
         chunk: if not 0, nothing of this: so many rows at a time are dequantized, and multiplied by cuBLAS.
         shared: whether the warps of a program share its columns instead of its rows (`w4_few`).
-        specialized: not below 0 for `w4_large` with so many programs, or one on each multiprocessor; a split of 1 means
-            whole tiles only. Of the other fields it takes `tokens`.
+        specialized: not below 0 for `w4_large`, or `w4a8_large` for int8 activations, with so many programs, or one on
+            each multiprocessor; a split of 1 means whole tiles only. Of the other fields these take `tokens`, and the
+            second one `bt` and `stages`.
     """
 
     bn: int
@@ -53,9 +54,14 @@ def default(tokens: int, rows: int, columns: int, dense: bool = False, crowded: 
 
 
 def candidates(tokens: int, rows: int, columns: int, dense: bool = False, hopper: bool = False) -> list[Config]:
-    """What `autotune` tries; `dense`: cuBLAS could multiply, too; `hopper`: so could `w4_large`."""
+    """What `autotune` tries; `dense`: cuBLAS could multiply, too; `hopper`: so could `w4_large` or `w4a8_large`."""
     blocks = -(-columns // 128)
     found = []
+    if hopper and not dense and tokens > 64:
+        cuts = ((1, 0, 8), (2, 0, 8), (2, 0, 16), (2, 128, 8))
+        for bt, stages in ((64, 6), (128, 4), (128, 5)):
+            if bt == 128 or tokens <= 256:
+                found += [Config(0, bt, split, 0, stages, t, specialized=n) for split, n, t in cuts]
     if dense and tokens > 128:
         found = [Config(0, 0, 1, 0, 0, chunk=chunk) for chunk in (2048, 4096, 1 << 20) if chunk < 2 * rows]
         if hopper:
