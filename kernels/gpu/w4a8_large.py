@@ -92,10 +92,19 @@ def _product(octets, columns, acc, DOT: gl.constexpr):
 
 
 @gluon.jit
+def _float(acc, MAGIC: gl.constexpr):
+    """Integers below 2²² as float32; by an addition to the bits of a float that counts in ones, or by a conversion."""
+    if MAGIC:
+        return (acc + 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0
+    else:
+        return acc.to(gl.float32)
+
+
+@gluon.jit
 def _multiply(
     y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
     PART: gl.constexpr, GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
-    WHOLE: gl.constexpr, FACTOR: gl.constexpr,
+    WHOLE: gl.constexpr, FACTOR: gl.constexpr, MAGIC: gl.constexpr,
 ):  # fmt: skip
     """Rows 128 · PART and up of every tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 32])
@@ -117,19 +126,19 @@ def _multiply(
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > k0)
             mbarrier.wait(full.index(slot), step // STAGES & 1)
             octets = ws.index(slot).slice(PART * 128, 64, 0).load(DOT)
-            total1 += acc.to(gl.float32) * scale1
+            total1 += _float(acc, MAGIC) * scale1
             acc = _product(octets, xs.index(slot), acc, DOT)
             if GROUP > 0:
                 scale0 = _scales(ss.index(slot), PART * 128, MMA)
                 scale1 = _scales(ss.index(slot), PART * 128 + 64, MMA)
             acc = warpgroup_mma_wait(0, deps=[acc])
             octets = ws.index(slot).slice(PART * 128 + 64, 64, 0).load(DOT)
-            total0 += acc.to(gl.float32) * scale0
+            total0 += _float(acc, MAGIC) * scale0
             acc = _product(octets, xs.index(slot), acc, DOT)
             step += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
-        total1 += acc.to(gl.float32) * scale1
+        total1 += _float(acc, MAGIC) * scale1
         if GROUP < 0:
             rows = s_ptr + gl.minimum(n * 256 + PART * 128, stride - 128) + gl.arange(0, 64, gl.SliceLayout(1, MMA))
             total0 *= gl.expand_dims(gl.load(rows), 1)
@@ -149,6 +158,7 @@ def _multiply(
 def _w4a8_large(
     x, w, s, y, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr, FACTOR: gl.constexpr,
+    MAGIC: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = x.block_shape[0]
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, BT, 128], x.layout)
@@ -170,14 +180,14 @@ def _w4a8_large(
                 _multiply,
                 (
                     y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
-                    0, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR,
+                    0, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR, MAGIC,
                 ),
             ),
             (
                 _multiply,
                 (
                     y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
-                    1, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR,
+                    1, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR, MAGIC,
                 ),
             ),
         ],
@@ -196,6 +206,7 @@ class Config:
         tokens: token tiles that run together.
         whole: every program computes whole tiles; otherwise the last ones are split among all programs.
         programs: how many there are at most; 0 for one on each multiprocessor.
+        magic: sums become floats by additions and not by conversions.
     """
 
     bt: int = 128
@@ -203,6 +214,7 @@ class Config:
     tokens: int = 8
     whole: bool = False
     programs: int = 0
+    magic: bool = False
 
 
 @cache
@@ -215,6 +227,7 @@ def launcher(config: Config, group: int, factor: float) -> Launcher:
         STAGES=config.stages,
         WHOLE=config.whole,
         FACTOR=factor,
+        MAGIC=config.magic,
         num_warps=4,
     )
 
