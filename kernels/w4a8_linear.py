@@ -124,7 +124,7 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     float8 = x.dtype == torch.float8_e4m3fn
-    if _not_right(group, float8) or (float8 and not has_float8(x.device)):
+    if float8 and not has_float8(x.device):
         return _reference(x, x_scale, tiles, scale, zero, bias, out_features, group, dtype)
     from qfx.kernels.gpu.decode4 import eight_bit_decoder
     from qfx.kernels.gpu.w4 import w4
@@ -221,7 +221,7 @@ def _(
     x_grid: str,
 ) -> Tensor:
     float8, wide = x_grid == "e4m3", x.dtype not in (torch.bfloat16, torch.float16, torch.float32)
-    if wide or _not_right(group, float8) or (float8 and not has_float8(x.device)):
+    if wide or (float8 and not has_float8(x.device)):
         return body(w4a8_linear)(x, tiles, scale, zero, order, bias, out_features, group, x_grid)
     from qfx.kernels.gpu.decode4 import eight_bit_decoder
     from qfx.kernels.gpu.gated_quantize import quantize_rows
@@ -266,8 +266,6 @@ def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | Non
         return "w4a8_linear: zero points in groups below 128"
     if w.grid.bits == 4 and not w.grid.signed and w.symmetric:
         return "w4a8_linear: unsigned codes without zero points"
-    if w.block[1] > 0 and _not_right(w.block[1], not isinstance(x.grid, Int)):
-        return "w4a8_linear: groups of 32 with float8 activations: the kernel's sums are not right yet"
     return nibbles.supports_group("w4a8_linear", scheme, in_features)
 
 
@@ -284,11 +282,6 @@ def restore(
     """The inverse of `prepare`."""
     size = {"in_features": in_features, "out_features": out_features}
     return nibbles.restore(prepared, _layout_for(x_grid), bits=bits, signed=signed, offset=0, **size)
-
-
-def _not_right(group: int, float8: bool) -> bool:
-    """Whether the GPU kernel is known to be wrong: it decodes bytes that lie 32 columns apart as neighbours."""
-    return float8 and group == 32
 
 
 def _layout_for(x_grid: str) -> str:

@@ -155,15 +155,17 @@ def plans(columns: int, block: int, tokens: int, dtype: torch.dtype) -> tuple[Pl
         usual = min(16, max(1, size // 1024)) / spare
         stages = stages or (2 if tokens > 256 and size < 32768 else 1)
         fitting = max(1, min(16, 16384 // size))
-        return Plan(rows, side, width, form, max(1, int(usual * warps)), fitting * per_sm, stages)
+        # Triton 3.6 takes the maximum of a token from half of its columns where 8 warps hold two tokens
+        most = 4 if rows > 1 else 32
+        return Plan(rows, side, width, form, min(most, max(1, int(usual * warps))), fitting * per_sm, stages)
 
     # float16 has the precision of one float16 result, so it is not what autotuning may choose there
     split = dtype == torch.float16 and shapes[0][-1] * shapes[0][-2] < 32768
     best = functools.partial(plan, shapes[0], split=split)
     if shapes[0][-1] * shapes[0][-2] >= 32768:
         return (best(),)
-    found = [best(), best(warps=0.5), best(per_sm=2), best(per_sm=4)]
-    found += [best(stages=n, per_sm=k) for n in (1, 2, 3) for k in (1, 2)]
+    found = [best()]
+    found += [best(warps=w, stages=n, per_sm=k) for w in (0.5, 1, 2) for n in (1, 2, 3) for k in (1, 2, 3, 4)]
     found += [plan(shape, split=split, per_sm=k) for shape in shapes[1:3] for k in (1, 2)]
     return tuple(dict.fromkeys([*found, plan(shapes[0], split=True)]))
 

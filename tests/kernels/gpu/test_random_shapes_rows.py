@@ -174,6 +174,17 @@ def test_hadamard(columns: int, block: int, grid: str) -> None:
     assert torch.equal(ops.hadamard(x, block)[0], y)
 
 
+@pytest.mark.parametrize(("columns", "block"), [(4096, 128), (2048, 64), (1024, 1024), (8192, 128)])
+def test_codes_of_every_plan(columns: int, block: int) -> None:
+    """A scale is that of the largest value of the whole token, however its columns are spread over warps."""
+    x = normal(600, columns, BF16)
+    plans = had.plans(columns, block, bucket(600), BF16)
+    for plan in {(p.rows, p.warps, p.form): p for p in plans}.values():
+        y, _ = had.hadamard(x, block, plan=plan)
+        codes, scale = had.hadamard(x, block, "int8_narrow", plan=plan)
+        assert same_codes(codes, scale, y, "int8_narrow"), plan
+
+
 def test_wrong_values_are_seen() -> None:
     """A scale one unit off, a code one off, a value behind the functions a few units off."""
     x = normal(33, 256, BF16)
