@@ -5,9 +5,9 @@
 Kernels are compiled first, without the sanitizer. Then each tool runs them in a few processes; what a tool reports
 between the lines that a process prints around a kernel is that kernel's. Exits with 1 if there is any error.
 
-Races that are in Triton's start of warps of another kind alone are counted apart. A warp waits there for what the
-first warps write to shared memory to tell it where to begin, behind barriers that racecheck does not follow: the
-kernel `control: warps of two kinds` has nothing else, and gets the same report.
+Races that are in Triton's start of warps of another kind alone are counted apart. A warp reads there what the first
+warps wrote to shared memory to tell it where to begin, with a barrier of all warps in between; where some warps have
+barriers of their own besides, racecheck does not see that. `control: warps of two kinds` has nothing else.
 """
 
 from __future__ import annotations
