@@ -99,20 +99,22 @@ def work(a: argparse.Namespace) -> None:
     torch.set_grad_enabled(False)
     name = a.models[0]
     variant = variants.Variant(name, a.worker, a.layers, a.scope, a.device)
-    prepared, failed = [], {}
+    prepared: list[tuple[str, int, Any]] = []
+    failed: dict[str, Any] = {}
+    torch.zeros(1, device=a.device)  # before its turn to build, so that the turn is short
+    variant.imports()
     with _alone(a.lock):
         variant.build()
     print(
         f"built in {variant.row['seconds']:.0f} s; {variant.row.get('lowered', '').partition(chr(10))[0]}", flush=True
     )
-    cases = variant.cases(a.decode, a.prefill or PREFILL.get(name, PREFILL["default"]))
-    try:
-        for case in cases:
-            prepared.append(case)
-            print(f"{case[0]} ready, {variant.row['first'][case[0]]:.0f} s", flush=True)
-    except Exception as e:
-        traceback.print_exception(e)
-        failed["failed"] = f"{type(e).__name__}: {e}"[:400]
+    for case, tokens, make in variant.cases(a.decode, a.prefill or PREFILL.get(name, PREFILL["default"])):
+        try:
+            prepared.append((case, tokens, make()))
+            print(f"{case} ready, {variant.row['first'][case]:.0f} s", flush=True)
+        except Exception as e:
+            traceback.print_exception(e, limit=-3)
+            failed[case] = {"failed": f"{type(e).__name__}: {e}"[:400]}
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     print(READY, flush=True)
@@ -162,8 +164,9 @@ def table(name: str, rows: list[dict[str, Any]]) -> Table:
         for case in cases:
             found, other = row.get(case, {}), base.get(case, {})
             ratio = f" ({other['ms'] / found['ms']:.2f})" if "ms" in found and "ms" in other else ""
-            cells.append(f"{found['ms']:.2f}{ratio}" if "ms" in found else "failed" if "failed" in row else "-")
-        peak = max((row[c]["peak"] for c in cases if c in row), default=0)
+            failed = "failed" in row or "failed" in found
+            cells.append(f"{found['ms']:.2f}{ratio}" if "ms" in found else "failed" if failed else "-")
+        peak = max((row[c]["peak"] for c in cases if "peak" in row.get(c, {})), default=0)
         first = ", ".join(f"{s:.0f}" for s in row.get("first", {}).values())
         shown.add_row(row["way"], *cells, f"{row.get('weights', 0) / GIB:.2f}", f"{peak / GIB:.2f}", first)
     return shown

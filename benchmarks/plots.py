@@ -73,7 +73,7 @@ def model_tables(result: Row) -> list[str]:
         lines.append("|---" * (len(cases) + 3) + "|")
         for r in rows:
             cells = [_ms(r.get(c), base.get(c)) for c in cases]
-            peaks = [max((x[c]["peak"] for c in cases if c in x), default=0) for x in (r, base)]
+            peaks = [max((x[c]["peak"] for c in cases if "ms" in x.get(c, {})), default=0) for x in (r, base)]
             sizes = [(r.get("weights", 0), base.get("weights", 0)), (peaks[0], peaks[1])]
             cells += [f"{a / 2**30:.2f} ({a / b:.2f})" if a and b else "-" for a, b in sizes]
             lines.append(f"| {r['way']} | " + " | ".join(cells) + " |")
@@ -81,9 +81,9 @@ def model_tables(result: Row) -> list[str]:
 
 
 def _ms(case: Row | None, base: Row | None) -> str:
-    if not case:
-        return "-"
-    return f"{case['ms']:.2f}" + (f" ({base['ms'] / case['ms']:.2f})" if base else "")
+    if not case or "ms" not in case:
+        return "fails" if case else "-"
+    return f"{case['ms']:.2f}" + (f" ({base['ms'] / case['ms']:.2f})" if base and "ms" in base else "")
 
 
 def _us(row: Row) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,17 +60,27 @@ class Variant:
         self.row |= {"weights": models.stored_bytes(model), "seconds": time.perf_counter() - began}
         self.model = model
 
-    def cases(self, decode: list[int], prefill: list[tuple[int, int]]) -> Iterator[tuple[str, int, models.Prepared]]:
-        """Every case, compiled and run once: its name, its tokens, and how to time it."""
+    def imports(self) -> None:
+        """Loads what building needs."""
+        import transformers  # noqa: F401
+
+        models.config(self.name)
+        if self.kind == "torchao":
+            library("torchao.quantization")
+
+    def cases(
+        self, decode: list[int], prefill: list[tuple[int, int]]
+    ) -> Iterator[tuple[str, int, Callable[[], models.Prepared]]]:
+        """Every case: its name, its tokens, and what compiles it, runs it once, and returns how to time it."""
         assert self.model is not None
         forward = models.compiled(self.model, self.scope, self._settings())
         for batch in decode:
-            made = self._first(f"decode {batch}", lambda b=batch: models.decode_case(self.model, forward, b))  # type: ignore[misc]
-            yield f"decode {batch}", batch, made
+            case = f"decode {batch}"
+            yield case, batch, partial(self._first, case, partial(models.decode_case, self.model, forward, batch))
         for batch, tokens in prefill:
             ids = torch.randint(0, self.model.config.vocab_size, (batch, tokens), device=self.device)
-            name = f"prefill {batch}x{tokens}"
-            yield name, batch * tokens, self._first(name, lambda i=ids: models.prefill_case(forward, i))  # type: ignore[misc]
+            case = f"prefill {batch}x{tokens}"
+            yield case, batch * tokens, partial(self._first, case, partial(models.prefill_case, forward, ids))
 
     def _first(self, name: str, make: Callable[[], models.Prepared]) -> models.Prepared:
         began = time.perf_counter()
