@@ -23,7 +23,7 @@ class Norm:
         first: the earliest of the nodes that compute it, after x.
         gain: a value of one axis that depends on parameters only, or None.
         bias: likewise.
-        eps: added to the mean square.
+        eps: added to the mean square: a number, or a node of one that the graph has as an input.
         center: whether the mean is subtracted first.
         cast_first: whether the normalized value is rounded to x's dtype before the gain.
         spelled: whether several ops compute it.
@@ -34,7 +34,7 @@ class Norm:
     first: fx.Node
     gain: fx.Node | None
     bias: fx.Node | None
-    eps: float
+    eps: float | fx.Node
     center: bool
     cast_first: bool
     spelled: bool
@@ -76,7 +76,7 @@ def _one_op(node: fx.Node) -> Norm | None:
 def _spelled(root: fx.Node) -> Norm | None:
     """From `rsqrt(mean(f²) + eps)`: backwards to f, which may be centered, forwards to the last gain, bias or cast."""
     added = root.args[0]
-    if not is_call(added, aten.add.Tensor, aten.add.Scalar) or not isinstance(added.args[1], float):  # type: ignore[union-attr]
+    if not is_call(added, aten.add.Tensor, aten.add.Scalar) or not _is_number(added.args[1]):  # type: ignore[union-attr]
         return None
     mean, eps = added.args  # type: ignore[union-attr]
     if not is_call(mean, aten.mean.dim) or not _over_last_axis(mean):  # type: ignore[arg-type]
@@ -106,6 +106,10 @@ def _spelled(root: fx.Node) -> Norm | None:
             break
         y = user
     return Norm(x, y, first, gain, bias, eps, center, cast_first, spelled=True)  # type: ignore[arg-type]
+
+
+def _is_number(node: Any) -> bool:
+    return isinstance(node.meta.get("val") if isinstance(node, fx.Node) else node, float | torch.SymFloat)
 
 
 def _squared(node: Any) -> fx.Node | None:

@@ -242,7 +242,9 @@ def _fuse_norm(graph: fx.Graph, norm: Norm, miss: Report) -> bool:
     with graph.inserting_before(norm.first):
         for constant in (norm.gain, norm.bias, a["x_scale"], a["x_zero"]):
             hoist(constant, norm.first)
-        settings = norm.eps, norm.center, norm.cast_first
+        # a number that the graph has as an input is one from here on; the graph's guards check that
+        eps = float(norm.eps.meta["val"]) if isinstance(norm.eps, fx.Node) else norm.eps
+        settings = eps, norm.center, norm.cast_first
         grid = a["x_grid"], a["x_scale"], a["x_zero"]
         fused = emit(graph, NORM, (x, residual, norm.gain, norm.bias, *settings, *grid, bool(others)), norm.y)
         if others:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qfx.kernels import fp8_gemm, fp8_linear, int8_gemm, int8_linear, quantize_rows  # noqa: F401 (registers the ops)
+
 ops = torch.ops.qfx
 _LINEARS = (ops.int8_linear.default, ops.fp8_linear.default)
 _PRODUCTS = (ops.int8_gemm.default, ops.fp8_gemm.default)
