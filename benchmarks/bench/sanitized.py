@@ -79,10 +79,10 @@ def four(
     zero = moved(nibbles.pad_scale(torch.randint(0, 16, (n, groups), dtype=torch.uint8), n)) if form == "int4" else None
     values = nf4_linear.table("nf4", torch.device("cpu"), BF16) if form == "table" else None
     bias = floats(n)
-    if large and form == "int8":
+    if large and form in ("int8", "e4m3"):
         from qfx.kernels.gpu.w4a8_large import w4a8_large
 
-        w4a8_large(codes(m, k, INT8), moved(torch.rand(m, 1)), tiles, scale, bias, n, group)
+        w4a8_large(codes(m, k, INT8 if form == "int8" else E4M3), moved(torch.rand(m, 1)), tiles, scale, bias, n, group)
         return
     if large:
         from qfx.kernels.gpu.w4_large import w4_large
@@ -169,7 +169,8 @@ def _cases() -> dict[str, Callable[[], None]]:
         "dequantize int4": partial(four, 1, 200, 384, 64, "int4", dequantized=True),
         "dequantize table": partial(four, 1, 200, 384, 128, "table", dequantized=True),
         "w4_large": partial(four, 150, 264, 384, 128, "int4", large=True),
-        "w4a8_large": partial(four, 150, 264, 384, 128, "int8", large=True),
+        "w4a8_large int8": partial(four, 150, 264, 384, 128, "int8", large=True),
+        "w4a8_large e4m3": partial(four, 150, 264, 384, 128, "e4m3", large=True),
     }
     for op, grid in (("quantize", "int8_narrow"), ("gated", "e4m3"), ("norm", "int8_narrow")):
         for m, columns, dtype in ((5, 77, BF16), (600, 128, F32), (2, 4101, F16)):

@@ -322,7 +322,7 @@ def w4(
     kind = "int4_int8" if decoder is INT4_TO_E4M3 else decoder.kind
     key = (kind, group, f"{rows}x{columns}", bucket(tokens))
     dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
-    hopper = capable == 90 and decoder.kind in ("int4", "int4_int8")
+    hopper = capable == 90 and (decoder.kind in ("int4", "int4_int8") or decoder is INT4_TO_E4M3)
     rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"))
     config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense, hopper), run, words)
     if (config.shared and not w4_few.takes(tokens, group)) or (
@@ -349,7 +349,7 @@ def _takes_specialized(x: Tensor, rows: int, group: int, zero: Tensor | None, dt
         from qfx.kernels.gpu import w4_large, w4a8_large
     except ImportError:  # a Triton without Gluon, or with another one
         return False
-    if x.dtype == torch.int8:
+    if x.dtype.itemsize == 1:
         return w4a8_large.supports(x, rows, group, zero, dtype) is None
     return w4_large.supports(x, rows, group) is None
 

@@ -20,9 +20,9 @@ class Config:
         registers: limit for a thread, so that more programs fit; 0 for none.
         chunk: if not 0, nothing of this: so many rows at a time are dequantized, and multiplied by cuBLAS.
         shared: whether the warps of a program share its columns instead of its rows (`w4_few`).
-        specialized: not below 0 for `w4_large`, or `w4a8_large` for int8 activations, with so many programs, or one on
-            each multiprocessor; a split of 1 means whole tiles only. Of the other fields these take `tokens`, and the
-            second one `bt` and `stages`.
+        specialized: not below 0 for `w4_large`, or `w4a8_large` for activations of 8 bits, with so many programs, or
+            one on each multiprocessor; a split of 1 means whole tiles only. Of the other fields these take `tokens`,
+            and the second one `bt` and `stages`.
     """
 
     bn: int

@@ -1,4 +1,4 @@
-"""Weights of 4 bits times many tokens of int8 on Hopper: one thread loads by TMA, two warpgroups multiply in turns.
+"""Weights of 4 bits times many tokens of 8 bits on Hopper: one thread loads by TMA, two warpgroups multiply in turns.
 
 A tile is 256 rows of the weight by 128 tokens. Each warpgroup has 128 of the rows, and works on 64 of them at a time:
 it decodes a block of 128 columns in registers, gives it to the tensor cores as the left operand, and scales the sums of
@@ -26,13 +26,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from qfx.kernels.gpu.launch import Launcher, capability
 from qfx.kernels.gpu.parts import counters
-from qfx.kernels.gpu.pieces import _halves, async_load, finish, piece, pieces, place
+from qfx.kernels.gpu.pieces import async_load, finish, piece, pieces, place
 from qfx.kernels.gpu.w4_large import _descriptor, _processors
 
 # A byte of layout `halves` has column j below column 64 + j. A two's complement nibble in the upper half of a byte is
 # 16 times itself.
-_LOW = gl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0; }")
-_HIGH = gl.constexpr("and.b32 $0, $1, 0xf0f0f0f0;")
+_INT8 = gl.constexpr("{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }")
+# A word of layout `fours` has four columns in each half. Integers up to 8 in the low bits of an E4M3 are as many times
+# 2⁻⁹, and a negative two's complement nibble n becomes 0x90 - n, which is (n ^ 0x8f) + 1.
+_E4M3 = gl.constexpr("""{ .reg .b32 e, m, o, t;
+shr.b32 t, $2, 3; and.b32 t, t, 0x01010101; mul.lo.u32 m, t, 0x8f; lop3.b32 e, $2, 0x0f0f0f0f, m, 0x6A; add.u32 e, e, t;
+shr.b32 o, $2, 4;
+shr.b32 t, $2, 7; and.b32 t, t, 0x01010101; mul.lo.u32 m, t, 0x8f; lop3.b32 o, o, 0x0f0f0f0f, m, 0x6A; add.u32 o, o, t;
+prmt.b32 $0, e, o, 0x5140; prmt.b32 $1, e, o, 0x7362; }""")
 
 
 @gluon.jit
@@ -65,36 +71,39 @@ def _scales(scales, FIRST: gl.constexpr, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _decode(octets, DOT: gl.constexpr, ASM: gl.constexpr):
-    """One nibble of each byte."""
-    a = gl.inline_asm_elementwise(ASM, "=r,r", [octets], gl.int8, True, 4)
-    return gl.convert_layout(a, DOT, assert_trivial=True)
+def _decode(octets, INT: gl.constexpr, DOT: gl.constexpr):
+    """Bytes `[64, 32]` to 32 columns of the first 64 and 32 of the last 64."""
+    if INT:
+        low, high = gl.inline_asm_elementwise(_INT8, "=r,=r,r", [octets], (gl.int8, gl.int8), True, 4)
+    else:
+        low, high = gl.inline_asm_elementwise(_E4M3, "=r,=r,r", [octets], (gl.float8e4nv, gl.float8e4nv), True, 4)
+    low = gl.convert_layout(low, DOT, assert_trivial=True)
+    return low, gl.convert_layout(high, DOT, assert_trivial=True)
 
 
 @gluon.jit
-def _product(octets, columns, acc, DOT: gl.constexpr):
+def _product(octets, columns, acc, INT: gl.constexpr, DOT: gl.constexpr):
     """Starts 64 rows times 128 columns: bytes `[64, 64]`, tokens `[BT, 128]`. Returns the sums to be.
 
     `acc` is where they will be. If that were zeros, and not what was there before, it would be other registers.
     """
-    first, second = _halves(octets, DOT)
-    a0 = _decode(first, DOT, _LOW)
-    acc = warpgroup_mma(a0, columns.slice(0, 32, 1).permute((1, 0)), acc, use_acc=False, is_async=True)
-    a1 = _decode(second, DOT, _LOW)
-    acc = warpgroup_mma(a1, columns.slice(32, 32, 1).permute((1, 0)), acc, is_async=True)
+    low, high = _decode(octets.slice(0, 32, 1).load(DOT), INT, DOT)
+    acc = warpgroup_mma(low, columns.slice(0, 32, 1).permute((1, 0)), acc, use_acc=False, is_async=True)
+    acc = warpgroup_mma(high, columns.slice(64, 32, 1).permute((1, 0)), acc, is_async=True)
+    second = octets.slice(32, 32, 1).load(DOT)
     acc = warpgroup_mma_wait(1, deps=[acc])
-    a2 = _decode(first, DOT, _HIGH)
-    acc = warpgroup_mma(a2, columns.slice(64, 32, 1).permute((1, 0)), acc, is_async=True)
+    low, high = _decode(second, INT, DOT)
+    acc = warpgroup_mma(low, columns.slice(32, 32, 1).permute((1, 0)), acc, is_async=True)
     acc = warpgroup_mma_wait(1, deps=[acc])
-    a3 = _decode(second, DOT, _HIGH)
-    acc = warpgroup_mma(a3, columns.slice(96, 32, 1).permute((1, 0)), acc, is_async=True)
-    return acc
+    return warpgroup_mma(high, columns.slice(96, 32, 1).permute((1, 0)), acc, is_async=True)
 
 
 @gluon.jit
 def _float(acc, MAGIC: gl.constexpr):
-    """Integers below 2²² as float32; by an addition to the bits of a float that counts in ones, or by a conversion."""
-    if MAGIC:
+    """Integers below 2²² as float32: by an addition to the bits of a float that counts in ones, or by a conversion."""
+    if acc.dtype == gl.float32:
+        return acc
+    elif MAGIC:
         return (acc + 0x4B400000).to(gl.float32, bitcast=True) - 12582912.0
     else:
         return acc.to(gl.float32)
@@ -109,12 +118,14 @@ def _multiply(
     """Rows 128 · PART and up of every tile."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 32])
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    INT: gl.constexpr = xs.dtype == gl.int8
+    SUM: gl.constexpr = gl.int32 if INT else gl.float32
     tiles, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
     step = 0
     for number in range(count):
         tile, k0, k1 = piece(number, blocks, alone, first, last)
         n, m = place(tile, M, N, BT, TOKENS)
-        acc = warpgroup_mma_init(gl.zeros([64, BT], gl.int32, MMA))
+        acc = warpgroup_mma_init(gl.zeros([64, BT], SUM, MMA))
         total0 = gl.zeros([64, BT], gl.float32, MMA)
         total1 = gl.zeros([64, BT], gl.float32, MMA)
         scale0 = gl.full([64, 1], 1.0, gl.float32, MMA)
@@ -125,16 +136,16 @@ def _multiply(
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > k0)
             mbarrier.wait(full.index(slot), step // STAGES & 1)
-            octets = ws.index(slot).slice(PART * 128, 64, 0).load(DOT)
+            octets = ws.index(slot).slice(PART * 128, 64, 0)
             total1 += _float(acc, MAGIC) * scale1
-            acc = _product(octets, xs.index(slot), acc, DOT)
+            acc = _product(octets, xs.index(slot), acc, INT, DOT)
             if GROUP > 0:
                 scale0 = _scales(ss.index(slot), PART * 128, MMA)
                 scale1 = _scales(ss.index(slot), PART * 128 + 64, MMA)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            octets = ws.index(slot).slice(PART * 128 + 64, 64, 0).load(DOT)
+            octets = ws.index(slot).slice(PART * 128 + 64, 64, 0)
             total0 += _float(acc, MAGIC) * scale0
-            acc = _product(octets, xs.index(slot), acc, DOT)
+            acc = _product(octets, xs.index(slot), acc, INT, DOT)
             step += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
@@ -232,11 +243,15 @@ def launcher(config: Config, group: int, factor: float) -> Launcher:
     )
 
 
+_FORMS = {torch.int8: ("int8", 1 / 16), torch.float8_e4m3fn: ("float8e4nv", 2.0**9)}
+"""By the dtype of the activations: its name in Triton, and the factor that undoes what the decoder multiplies by."""
+
+
 def supports(x: Tensor, rows: int, group: int, zero: Tensor | None, dtype: torch.dtype) -> str | None:
     """None if `w4a8_large` takes these activations, groups and output on this GPU, otherwise the reason why not."""
     if capability(x.device) != 90:
         return "w4a8_large: made for compute capability 9.0"
-    if x.dtype != torch.int8:
+    if x.dtype not in _FORMS:
         return f"w4a8_large: activations of {x.dtype}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"w4a8_large: an output of {dtype}"
@@ -264,9 +279,9 @@ def w4a8_large(
     """`x · x_scale @ W.T + bias` from kernel layout, for many tokens.
 
     Args:
-        x: int8 `[tokens, in]`, its rows contiguous.
+        x: int8 or float8_e4m3fn `[tokens, in]`, its rows contiguous.
         x_scale: float32, one for each token.
-        tiles: uint8 `[row tiles, column tiles, 128, 64]`, layout `halves`, two's complement.
+        tiles: uint8 `[row tiles, column tiles, 128, 64]`, two's complement in layout `halves`, or `fours` for E4M3.
         scale: float32 `[groups, 128 · row tiles]`.
         bias: `[out]`.
         rows: `out`.
@@ -291,9 +306,10 @@ def w4a8_large(
         part = torch.empty(programs * 2 * 256 * bt, dtype=torch.float32, device=x.device)
         arrived = counters(4 * min(count, 2 * programs), x.device)
     kind = "bfloat16" if y.dtype == torch.bfloat16 else "float16"
-    launcher(config, group, 1 / 16)(
+    form, factor = _FORMS[x.dtype]
+    launcher(config, group, factor)(
         (programs, 1, 1),
-        _descriptor(x, [tokens, columns], x.stride(0), (bt, 128), "int8"),
+        _descriptor(x, [tokens, columns], x.stride(0), (bt, 128), form),
         _descriptor(tiles, [tiles.shape[0] * blocks * 128, 64], 64, (128, 64), "uint8"),
         _descriptor(scale, list(scale.shape), scale.shape[1], (1, 256), "float32"),
         _descriptor(y, [tokens, rows], rows, (bt, 64), kind),
