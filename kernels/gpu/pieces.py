@@ -17,9 +17,9 @@ async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def pieces(M, N, K, BT: gl.constexpr, WHOLE: gl.constexpr):
+def pieces(M, N, K, BT: gl.constexpr, WHOLE: gl.constexpr, ROWS: gl.constexpr = 256):
     """This program's share: tiles that it computes alone, then `[first, last)` of the blocks of all other tiles."""
-    tiles = gl.cdiv(N, 256) * gl.cdiv(M, BT)
+    tiles = gl.cdiv(N, ROWS) * gl.cdiv(M, BT)
     blocks = gl.cdiv(K, 128)
     pid, programs = gl.program_id(0), gl.num_programs(0)
     if WHOLE:
@@ -47,10 +47,10 @@ def piece(i, blocks, alone, first, last):
 
 
 @gluon.jit
-def place(tile, M, N, BT: gl.constexpr, TOKENS: gl.constexpr):
+def place(tile, M, N, BT: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr = 256):
     """Tile number to (row tile, token tile): groups of TOKENS token tiles, so that what runs together shares."""
     tokens = gl.cdiv(M, BT)
-    width = TOKENS * gl.cdiv(N, 256)
+    width = TOKENS * gl.cdiv(N, ROWS)
     group = tile // width
     size = gl.minimum(tokens - group * TOKENS, TOKENS)
     inside = tile % width
@@ -103,18 +103,18 @@ def _stage(acc, staged, bias, t_ptr, token, M, QUARTER: gl.constexpr, FACTOR: gl
 @gluon.jit
 def finish(
     acc, y, staged, b_ptr, part_ptr, count_ptr, n, m, N, tile, tiles, k0, k1, blocks, alone, WHOLE: gl.constexpr,
-    PART: gl.constexpr, t_ptr=None, M=0, FACTOR: gl.constexpr = 1.0,
+    PART: gl.constexpr, t_ptr=None, M=0, FACTOR: gl.constexpr = 1.0, ROWS: gl.constexpr = 256,
 ):  # fmt: skip
     """Stores rows of a tile, or adds them to what other programs have of it.
 
-    `acc` is float32 `[A, BT]`, rows `A * PART` and up of 256, and `staged` is shared memory `[BT, A]` for them.
-    `part_ptr` has room for two tiles for each program, and `count_ptr` has zeros, `256 / A` for each tile that is not
+    `acc` is float32 `[A, BT]`, rows `A * PART` and up of ROWS, and `staged` is shared memory `[BT, A]` for them.
+    `part_ptr` has room for two tiles for each program, and `count_ptr` has zeros, `ROWS / A` for each tile that is not
     computed by one program. Sums are in the order of their columns, whatever the order in which programs finish.
     `t_ptr` has a scale for each of M tokens, which is applied to the sum, times FACTOR.
     """
     A: gl.constexpr = acc.shape[0]
     BT: gl.constexpr = acc.shape[1]
-    PARTS: gl.constexpr = 256 // A
+    PARTS: gl.constexpr = ROWS // A
     WIDTH: gl.constexpr = BT // 4
     WARPS: gl.constexpr = gl.num_warps()
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BT // 2, 16])
@@ -156,7 +156,7 @@ def finish(
     if done:
         bias = 0.0
         if b_ptr is not None:
-            rn = n * 256 + PART * A + rows
+            rn = n * ROWS + PART * A + rows
             bias = gl.expand_dims(gl.load(b_ptr + rn, mask=rn < N, other=0.0).to(gl.float32), 1)
         tma.store_wait(0)  # what was staged before has left
         _barrier()
@@ -166,4 +166,4 @@ def finish(
         _stage(c3, staged, bias, t_ptr, m * BT, M, 3, FACTOR)
         fence_async_shared()
         _barrier()
-        _async_store(y, [m * BT, n * 256 + PART * A], staged)
+        _async_store(y, [m * BT, n * ROWS + PART * A], staged)

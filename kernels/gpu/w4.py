@@ -298,7 +298,7 @@ def w4(
             by_cublas(x, words, scale, zero, table, bias, y, group, decoder, config.chunk)
             return
         if config.specialized >= 0:
-            _run_specialized(config, x, x_scale, words.view(torch.uint8), scale, zero, bias, y, rows, group)
+            _run_specialized(config, x, x_scale, words.view(torch.uint8), scale, zero, bias, y, rows, group, decoder)
             return
         if config.shared:
             shape = config.warps, config.bn, config.stages, config.registers
@@ -322,12 +322,14 @@ def w4(
     kind = "int4_int8" if decoder is INT4_TO_E4M3 else decoder.kind
     key = (kind, group, f"{rows}x{columns}", bucket(tokens))
     dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
-    hopper = capable == 90 and (decoder.kind in ("int4", "int4_int8") or decoder is INT4_TO_E4M3)
+
+    def hopper() -> bool:
+        known = decoder.kind in ("int4", "table", "int4_int8") or decoder is INT4_TO_E4M3
+        return capable == 90 and known and _takes_specialized(x, rows, group, zero, dtype)
+
     rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"))
-    config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense, hopper), run, words)
-    if (config.shared and not w4_few.takes(tokens, group)) or (
-        config.specialized >= 0 and not (hopper and _takes_specialized(x, rows, group, zero, dtype))
-    ):
+    config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense, hopper()), run, words)
+    if (config.shared and not w4_few.takes(tokens, group)) or (config.specialized >= 0 and not hopper()):
         config = rule  # of a table that was made for another number of tokens, or another group
     chosen = config, decoder
     config = _fitting.get(chosen, config)
@@ -365,13 +367,16 @@ def _run_specialized(
     y: Tensor,
     rows: int,
     group: int,
+    decoder: Decoder,
 ) -> None:
     from qfx.kernels.gpu import w4_large, w4a8_large  # need Gluon
 
     whole, programs = config.split == 1, config.specialized
     if x_scale is None:
-        cut = w4_large.Config(tokens=config.tokens, whole=whole, programs=programs)
-        w4_large.w4_large(x, tiles, scale, zero, bias, rows, group, cut, out=y)
+        cut = w4_large.Config(
+            config.bt or 128, config.stages or 3, config.tokens, whole, programs, config.bn or 256
+        )  # zeros are of tables that were made before there was a choice
+        w4_large.w4_large(x, tiles, scale, zero, bias, rows, group, cut, y, decoder.asm)
     else:
         cut8 = w4a8_large.Config(config.bt, config.stages, config.tokens, whole, programs)
         w4a8_large.w4a8_large(x, x_scale, tiles, scale, bias, rows, group, y.dtype, cut8, y)

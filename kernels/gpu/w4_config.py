@@ -22,7 +22,7 @@ class Config:
         shared: whether the warps of a program share its columns instead of its rows (`w4_few`).
         specialized: not below 0 for `w4_large`, or `w4a8_large` for activations of 8 bits, with so many programs, or
             one on each multiprocessor; a split of 1 means whole tiles only. Of the other fields these take `tokens`,
-            and the second one `bt` and `stages`.
+            `bt`, `stages`, and the first one `bn`.
     """
 
     bn: int
@@ -65,7 +65,10 @@ def candidates(tokens: int, rows: int, columns: int, dense: bool = False, hopper
     if dense and tokens > 128:
         found = [Config(0, 0, 1, 0, 0, chunk=chunk) for chunk in (2048, 4096, 1 << 20) if chunk < 2 * rows]
         if hopper:
-            found += [Config(0, 0, split, 0, 0, 8, specialized=n) for split, n in ((1, 0), (2, 0), (2, 128))]
+            for bn, bt, stages in ((256, 128, 3), (128, 128, 4), (128, 256, 2)):
+                if bt < 256 or tokens > 128:
+                    cuts = ((1, 0), (2, 0)) if bn < 256 else ((1, 0), (2, 0), (2, 128))
+                    found += [Config(bn, bt, split, 0, stages, 8, specialized=n) for split, n in cuts]
     if tokens <= 32:
         bt = 16 if tokens <= 16 else 32
         for split in (1, 2, 3, 4, 6, 8, 12):

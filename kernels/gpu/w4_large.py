@@ -1,7 +1,7 @@
 """Weights of 4 bits times many tokens on Hopper: one warp loads by TMA, eight decode and multiply.
 
-A tile is 256 rows of the weight by 128 tokens. The weight is the left operand of the product and is decoded in
-registers, 16 columns while the tensor cores work on those before. Decoded weights are rounded
+A tile is 256 rows of the weight by 128 tokens, or 128 rows by 128 or 256. The weight is the left operand of the product
+and is decoded in registers, 16 columns while the tensor cores work on those before. Decoded weights are rounded
 to the dtype of the activations, scale included, so that sums never leave the tensor cores. Work is a list of pieces
 (a tile, a range of its columns), cut so that every multiprocessor gets the same amount. Not for Triton's interpreter.
 """
@@ -49,37 +49,72 @@ def _decode(words, zero, scale, rest, DOT: gl.constexpr, ASM: gl.constexpr, PLAN
     return gl.convert_layout(a, DOT, assert_trivial=True)
 
 
+def _times(kind: str) -> str:
+    """PTX: $1 times $2 + $3."""
+    return f"{{ .reg .b32 t; mul.{kind}x2 t, $1, $3; fma.rn.{kind}x2 $0, $1, $2, t; }}"
+
+
+@gluon.jit
+def _lookup(words, ASM: gl.constexpr, FLOAT: gl.constexpr):
+    """The values of the four nibbles of each int16 of layout `pairs`, 32 columns apart."""
+    TEXT: gl.constexpr = ASM[0]
+    a, b, c, d = gl.inline_asm_elementwise(
+        TEXT, "=r,=r,=r,=r,r", [words], (gl.int16, gl.int16, gl.int16, gl.int16), True, 2
+    )
+    return a.to(FLOAT, bitcast=True), b.to(FLOAT, bitcast=True), c.to(FLOAT, bitcast=True), d.to(FLOAT, bitcast=True)
+
+
+@gluon.jit
+def _scaled(values, scale, rest, DOT: gl.constexpr, ASM: gl.constexpr, SCALED: gl.constexpr):
+    TEXT: gl.constexpr = ASM[1]
+    if SCALED:
+        values = gl.inline_asm_elementwise(TEXT, "=r,r,r,r", [values, scale, rest], values.dtype, True, 2)
+    return gl.convert_layout(values, DOT, assert_trivial=True)
+
+
 @gluon.jit
 def _load(x, w, xs, ws, full, free, M, N, K, BT: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
           WHOLE: gl.constexpr):  # fmt: skip
-    _, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
+    ROWS: gl.constexpr = ws.shape[1]
+    _, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE, ROWS)
     step = 0
     for number in range(count):
         tile, k0, k1 = piece(number, blocks, alone, first, last)
-        n, m = place(tile, M, N, BT, TOKENS)
+        n, m = place(tile, M, N, BT, TOKENS, ROWS)
         for k in range(k0, k1):
             slot = step % STAGES
             # the slot's first turn finds the barrier of the turn before it already passed
             mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
             ready = full.index(slot)
-            mbarrier.expect(ready, BT * 256 + 2 * 128 * 64)
+            mbarrier.expect(ready, BT * 256 + ROWS * 64)
             words = ws.index(slot)
-            async_load(w, [(2 * n * blocks + k) * 128, 0], ready, words.slice(0, 128, 0))
-            async_load(w, [((2 * n + 1) * blocks + k) * 128, 0], ready, words.slice(128, 128, 0))
+            for i in gl.static_range(ROWS // 128):  # tiles of memory have 128 rows
+                row = ((n * (ROWS // 128) + i) * blocks + k) * 128
+                async_load(w, [row, 0], ready, words.slice(i * 128, 128, 0))
             async_load(x, [m * BT, k * 128], ready, xs.index(2 * slot))
             async_load(x, [m * BT, k * 128 + 64], ready, xs.index(2 * slot + 1))
             step += 1
 
 
 @gluon.jit
-def _group(s_ptr, z_ptr, k, GROUP: gl.constexpr, stride, rows):
-    """Scale and zero point of the group of a block of columns, for each row."""
-    at = rows
-    if GROUP > 0:
-        at += k * 128 // GROUP * stride
+def _groups(s_ptr, z_ptr, k, K, GROUP: gl.constexpr, stride, rows):
+    """Scales and zero points of the one group or the two groups of a block of columns, for each row."""
+    if GROUP < 0:
+        s, z = _group(s_ptr, z_ptr, rows)
+        return s, z, s, z
+    k = gl.minimum(k, gl.cdiv(K, 128) - 1)
+    s, z = _group(s_ptr, z_ptr, rows + k * 128 // GROUP * stride)
+    if GROUP == 64:  # the last block may have half of its columns
+        s1, z1 = _group(s_ptr, z_ptr, rows + gl.minimum(2 * k + 1, gl.cdiv(K, 64) - 1) * stride)
+        return s, z, s1, z1
+    return s, z, s, z
+
+
+@gluon.jit
+def _group(s_ptr, z_ptr, at):
     s = gl.load(s_ptr + at)
     if z_ptr is None:
-        z = gl.full(rows.shape, 8, gl.uint8, rows.type.layout)
+        z = gl.full(at.shape, 8, gl.uint8, at.type.layout)
     else:
         z = gl.load(z_ptr + at)
     return s, z
@@ -103,36 +138,51 @@ def _operands(s, z, DOT: gl.constexpr, FLOAT: gl.constexpr):
 def _multiply(
     x, y, xs, ws, staged, full, free, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
     GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
-    ASM: gl.constexpr,
+    ASM: gl.constexpr, TABLE: gl.constexpr,
 ):  # fmt: skip
     """16 columns at a time are decoded while the tensor cores work on those before."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BT, 16])
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     FLOAT: gl.constexpr = x.dtype
     SCALED: gl.constexpr = GROUP > 0
-    tiles, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
-    rows = gl.arange(0, 256, gl.SliceLayout(1, MMA))
+    ROWS: gl.constexpr = ws.shape[1]
+    tiles, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE, ROWS)
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
     step = 0
     for number in range(count):
         tile, k0, k1 = piece(number, blocks, alone, first, last)
-        n, m = place(tile, M, N, BT, TOKENS)
-        rn = gl.minimum(n * 256 + rows, stride - 1)  # what lies beyond is not stored
-        acc = gl.zeros([256, BT], gl.float32, MMA)
-        older = gl.zeros([256, 16], FLOAT, DOT)
+        n, m = place(tile, M, N, BT, TOKENS, ROWS)
+        rn = gl.minimum(n * ROWS + rows, stride - 1)  # what lies beyond is not stored
+        acc = gl.zeros([ROWS, BT], gl.float32, MMA)
+        older = gl.zeros([ROWS, 16], FLOAT, DOT)
         oldest = older
-        s, z = _group(s_ptr, z_ptr, k0, GROUP, stride, rn)
+        s, z, s1, z1 = _groups(s_ptr, z_ptr, k0, K, GROUP, stride, rn)
         for k in range(k0, k1):
             slot = step % STAGES
             zero, scale, rest = _operands(s, z, DOT, FLOAT)
+            zero1, scale1, rest1 = _operands(s1, z1, DOT, FLOAT)
             if GROUP > 0:  # loaded one block ahead: the latency passes while a block is computed
-                s, z = _group(s_ptr, z_ptr, gl.minimum(k + 1, blocks - 1), GROUP, stride, rn)
+                s, z, s1, z1 = _groups(s_ptr, z_ptr, k + 1, K, GROUP, stride, rn)
             mbarrier.wait(full.index(slot), step // STAGES & 1)
             words = ws.index(slot).load(DOT)
             low, high = _halves(words, DOT)
             for i in gl.static_range(8):  # 16 columns each
-                half = low if i % 2 == 0 else high
-                a = _decode(half, zero, scale, rest, DOT, ASM, i // 2, SCALED)
-                columns = xs.index(2 * slot + i // 4).slice(i % 4 * 16, 16, 1)
+                # a half of the words has 16 of each 32 columns; tables give four operands at once
+                if TABLE:
+                    if i % 4 == 0:
+                        values = _lookup(low if i == 0 else high, ASM, FLOAT)
+                    if i % 4 < 2:
+                        a = _scaled(values[i % 4], scale, rest, DOT, ASM, SCALED)
+                    else:
+                        a = _scaled(values[i % 4], scale1, rest1, DOT, ASM, SCALED)
+                    columns = xs.index(2 * slot + i % 4 // 2).slice(i % 2 * 32 + i // 4 * 16, 16, 1)
+                else:
+                    half = low if i % 2 == 0 else high
+                    if i < 4:
+                        a = _decode(half, zero, scale, rest, DOT, ASM, i // 2, SCALED)
+                    else:
+                        a = _decode(half, zero1, scale1, rest1, DOT, ASM, i // 2, SCALED)
+                    columns = xs.index(2 * slot + i // 4).slice(i % 4 * 16, 16, 1)
                 acc = warpgroup_mma(a, columns.permute((1, 0)), acc, is_async=True)
                 # two products go on while the next columns are decoded
                 acc, oldest = warpgroup_mma_wait(2, deps=[acc, oldest])
@@ -145,7 +195,10 @@ def _multiply(
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
         if GROUP < 0:
             acc = acc * gl.expand_dims(s, 1)
-        finish(acc, y, staged, b_ptr, part_ptr, count_ptr, n, m, N, tile, tiles, k0, k1, blocks, alone, WHOLE, 0)
+        finish(
+            acc, y, staged, b_ptr, part_ptr, count_ptr, n, m, N, tile, tiles, k0, k1, blocks, alone, WHOLE, 0,
+            ROWS=ROWS,
+        )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -153,12 +206,13 @@ def _multiply(
 def _w4_large(
     x, w, y, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
-    ASM: gl.constexpr,
+    ASM: gl.constexpr, TABLE: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = x.block_shape[0]
     xs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BT, 64], x.layout)
-    ws = gl.allocate_shared_memory(w.dtype, [STAGES, 256, 32], w.layout)
-    staged = gl.allocate_shared_memory(y.dtype, [BT, 256], y.layout)
+    ROWS: gl.constexpr = y.block_shape[1]
+    ws = gl.allocate_shared_memory(w.dtype, [STAGES, ROWS, 32], w.layout)
+    staged = gl.allocate_shared_memory(y.dtype, [BT, ROWS], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -171,7 +225,7 @@ def _w4_large(
                 _multiply,
                 (
                     x, y, xs, ws, staged, full, free, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
-                    GROUP, BT, TOKENS, STAGES, WHOLE, ASM,
+                    GROUP, BT, TOKENS, STAGES, WHOLE, ASM, TABLE,
                 ),
             ),
             (_load, (x, w, xs, ws, full, free, M, N, K, BT, TOKENS, STAGES, WHOLE)),
@@ -186,11 +240,12 @@ class Config:
     """How one launch is cut.
 
     Attributes:
-        bt: tokens of a tile.
+        bt: tokens of a tile: 128, or 256 with 128 rows.
         stages: blocks of 128 columns in flight.
         tokens: token tiles that run together.
         whole: every program computes whole tiles; otherwise the last ones are split among all programs.
         programs: how many there are at most; 0 for one on each multiprocessor.
+        rows: of a tile: 256 or 128.
     """
 
     bt: int = 128
@@ -198,11 +253,12 @@ class Config:
     tokens: int = 8
     whole: bool = False
     programs: int = 0
+    rows: int = 256
 
 
 @cache
-def launcher(config: Config, group: int, f16: bool) -> Launcher:
-    """The kernel for one configuration."""
+def launcher(config: Config, group: int, f16: bool, table: str) -> Launcher:
+    """The kernel for one configuration; `table`: the PTX of `table_to_float`, or nothing."""
     # 0x4300 is 128 in bfloat16, 0x6400 is 1024 in float16, and the last bit is worth 1: or-ing a nibble in adds it
     form = ("f16", "0x64006400") if f16 else ("bf16", "0x43004300")
     return Launcher(
@@ -211,7 +267,8 @@ def launcher(config: Config, group: int, f16: bool) -> Launcher:
         TOKENS=config.tokens,
         STAGES=config.stages,
         WHOLE=config.whole,
-        ASM=tuple(_plane(*form, i, group > 0) for i in range(4)),
+        ASM=(table, _times(form[0])) if table else tuple(_plane(*form, i, group > 0) for i in range(4)),
+        TABLE=bool(table),
         num_warps=8,
     )
 
@@ -242,8 +299,8 @@ def supports(x: Tensor, rows: int, group: int) -> str | None:
         return f"w4_large: activations of {x.dtype}"
     if rows % 8 or x.shape[1] % 8 or x.stride(0) % 8 or x.data_ptr() % 16:
         return "w4_large: rows of x and y that do not start at multiples of 16 bytes"
-    if group > 0 and group % 128:
-        return f"w4_large: groups of {group}; it takes multiples of 128"
+    if group > 0 and group % 128 and group != 64:
+        return f"w4_large: groups of {group}; it takes 64 and multiples of 128"
     return None
 
 
@@ -257,19 +314,21 @@ def w4_large(
     group: int,
     config: Config = Config(),
     out: Tensor | None = None,
+    table: str = "",
 ) -> Tensor:
     """`x @ W.T + bias` from kernel layout, for many tokens.
 
     Args:
         x: bfloat16 or float16 `[tokens, in]`, its rows contiguous.
-        tiles: uint8 `[row tiles, column tiles, 128, 64]`, layout `quarters`.
+        tiles: uint8 `[row tiles, column tiles, 128, 64]`, layout `quarters`; `pairs` with a table.
         scale: float32 `[groups, 128 · row tiles]`; rounded to 16 bits with the weight.
         zero: uint8 of that shape, or None.
         bias: `[out]`.
         rows: `out`.
-        group: columns that share a scale: a multiple of 128, or -1 for all of them.
+        group: columns that share a scale: 64, a multiple of 128, or -1 for all of them.
         config: how the launch is cut.
         out: `[tokens, out]` of x's dtype, contiguous, to be filled; or None.
+        table: the PTX of a decoder of kind `table` for x's dtype, if codes are places in one.
 
     Returns:
         `[tokens, out]` of x's dtype.
@@ -280,19 +339,19 @@ def w4_large(
         return y
     dtype = "bfloat16" if x.dtype == torch.bfloat16 else "float16"
     bt, blocks = config.bt, tiles.shape[1]
-    count = -(-rows // 256) * -(-tokens // bt)
+    count = -(-rows // config.rows) * -(-tokens // bt)
     programs = config.programs or _processors(x.device)
     programs = min(programs, count if config.whole else count * blocks)
     part = arrived = None
     if not config.whole:
-        part = torch.empty(programs * 2 * 256 * bt, dtype=torch.float32, device=x.device)
+        part = torch.empty(programs * 2 * config.rows * bt, dtype=torch.float32, device=x.device)
         arrived = counters(min(count, 2 * programs), x.device)
     words = tiles.view(torch.int16)
-    launcher(config, group, x.dtype == torch.float16)(
+    launcher(config, group, x.dtype == torch.float16, table)(
         (programs, 1, 1),
         _descriptor(x, [tokens, columns], x.stride(0), (bt, 64), dtype),
         _descriptor(words, [tiles.shape[0] * blocks * 128, 32], 32, (128, 32), "int16"),
-        _descriptor(y, [tokens, rows], rows, (bt, 256), dtype),
+        _descriptor(y, [tokens, rows], rows, (bt, config.rows), dtype),
         scale, zero, bias, part, arrived, tokens, rows, columns, scale.shape[1],
     )  # fmt: skip
     return y

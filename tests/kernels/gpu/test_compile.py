@@ -83,11 +83,14 @@ def dequantize(group: int, zero: bool = False, table: str = "") -> None:
     dequantize4.dequantize(words, scale, zeros, values, torch.empty(2048, SIDE, dtype=BF16), group, decoder, 0)
 
 
-def w4_large(group: int, x: torch.dtype = BF16, zero: bool = False) -> None:
+def w4_large(group: int, x: torch.dtype = BF16, zero: bool = False, table: str = "", **config: int) -> None:
     tiles = torch.empty(SIDE // 128, SIDE // 128, 128, 64, dtype=torch.uint8)
     scale = torch.empty(1 if group < 0 else SIDE // group, SIDE)
     zeros = torch.empty(scale.shape, dtype=torch.uint8) if zero else None
-    w4_large_module.w4_large(torch.empty(1024, SIDE, dtype=x), tiles, scale, zeros, None, SIDE, group)
+    cut = w4_large_module.Config(**config)  # type: ignore[arg-type]
+    text = decode4.table_decoder(nf4_linear.TABLES[table], x).asm if table else ""
+    rest = zeros, None, SIDE, group, cut, None, text
+    w4_large_module.w4_large(torch.empty(1024, SIDE, dtype=x), tiles, scale, *rest)
 
 
 def w4a8_large(group: int, out: torch.dtype = BF16, codes: torch.dtype = INT8, **config: int) -> None:
@@ -199,6 +202,10 @@ def cases(capability: int) -> dict[str, Callable[[], None]]:
             "gemm8 specialized e4m3": lambda: g8(2048, E4M3, form="specialized"),
             "w4_large bf16 g128": lambda: w4_large(128),
             "w4_large f16 channel zero": lambda: w4_large(-1, F16, zero=True),
+            "w4_large bf16 g128 of 128 rows": lambda: w4_large(128, zero=True, stages=4, rows=128),
+            "w4_large bf16 nf4 g64 of 128 rows": lambda: w4_large(64, table="nf4", stages=4, rows=128),
+            "w4_large f16 nf4 g64 of 256 tokens": lambda: w4_large(64, F16, table="nf4", bt=256, stages=2, rows=128),
+            "w4_large bf16 g128 of 256 tokens": lambda: w4_large(128, zero=True, bt=256, stages=2, rows=128),
             "w4a8_large bf16 g128": lambda: w4a8_large(128),
             "w4a8_large f16 channel, 64 tokens": lambda: w4a8_large(-1, F16, bt=64, stages=6),
             "w4a8_large e4m3 g128": lambda: w4a8_large(128, codes=E4M3),

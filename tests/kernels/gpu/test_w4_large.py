@@ -11,7 +11,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qfx.kernels import w4a16_linear
+from qfx.kernels import nf4_linear, w4a16_linear
+from qfx.kernels.gpu import decode4
 from qfx.kernels.gpu.launch import INTERPRET
 from tests.kernels.gpu.test_w4 import group_of, prepared, worst
 from tests.kernels.law import make_case
@@ -34,13 +35,19 @@ SHAPES = [
     ((128,), 14336, 128),
     ((200,), 136, 520),
 ]
-SCHEMES = ["W4A16_G128", "W4A16_ASYM_G128", "W4A16_G256", "W4A16_CHANNEL", "W4A16_ASYM_CHANNEL"]
+SCHEMES = [
+    "W4A16_G128", "W4A16_ASYM_G128", "W4A16_G256", "W4A16_ASYM_G64", "W4A16_CHANNEL", "W4A16_ASYM_CHANNEL",
+]  # fmt: skip
 
 
 def configs():
     from qfx.kernels.gpu.w4_large import Config
 
-    return [Config(), Config(whole=True), Config(programs=7), Config(tokens=1, stages=2), Config(programs=2)]
+    return [
+        Config(), Config(whole=True), Config(programs=7), Config(tokens=1, stages=2), Config(programs=2),
+        Config(stages=4, rows=128), Config(stages=4, rows=128, whole=True), Config(256, 2, rows=128),
+        Config(256, 2, whole=True, rows=128), Config(programs=5, rows=128),
+    ]  # fmt: skip
 
 
 GROUPS = {scheme: int(scheme.rpartition("_G")[2]) if "_G" in scheme else 1 for scheme in SCHEMES}
@@ -71,6 +78,29 @@ def test_w4a16(shape, scheme, dtype) -> None:
         assert worst(y, case.x, w, case.bias, extra=extra) <= 1
         assert w4_large(x, *args, config).equal(y)  # and two runs are equal bit for bit
         assert w4_large(strided, *args, config).equal(y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "group"), [("nf4", 64), ("fp4_bnb", 64), ("nf4", 128), ("nf4", 2048)])
+@pytest.mark.parametrize(("tokens", "rows"), [(130, 344), (300, 264), (1024, 4096)])
+def test_tables(tokens, rows, name, group, dtype) -> None:
+    from qfx.kernels.gpu.w4_large import w4_large
+
+    columns = 2048 if group == 2048 else 1152
+    x, w = torch.randn(tokens, columns).to(dtype), torch.randn(rows, columns) / columns**0.5
+    codes, absmax = nf4_linear.quantize(w, group, name)
+    tiles, scale = nf4_linear.prepare(codes, absmax)
+    values = nf4_linear.table(name, torch.device("cpu"), dtype)
+    exact = (values.double()[codes.long()].unflatten(1, (-1, group)) * absmax.double().unsqueeze(-1)).flatten(1)
+    text = decode4.table_decoder(nf4_linear.TABLES[name], dtype).asm
+    extra = 0.0 if group == columns else torch.finfo(dtype).eps
+    if dtype == torch.float16 and extra:
+        extra += float(2 * 2.0**-24 / exact.abs().where(exact != 0, exact.new_ones(())).min())
+    args = tiles.cuda(), scale.cuda(), None, None, rows, -1 if group == columns else group
+    for config in configs():
+        y = w4_large(x.cuda(), *args, config, None, text)
+        assert worst(y, x, exact, None, extra=extra) <= 1
+        assert w4_large(x.cuda(), *args, config, None, text).equal(y)
 
 
 def test_a_wrong_nibble_is_seen() -> None:
