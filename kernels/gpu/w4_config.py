@@ -58,10 +58,10 @@ def candidates(tokens: int, rows: int, columns: int, dense: bool = False, hopper
     blocks = -(-columns // 128)
     found = []
     if hopper and not dense and tokens > 64:
-        cuts = ((1, 0, 8), (2, 0, 8), (2, 0, 16), (2, 128, 8))
+        shares = ((1, 0, 8), (2, 0, 8), (2, 0, 16), (2, 128, 8))  # split, programs, token tiles
         for bt, stages in ((64, 6), (128, 4), (128, 5)):
             if bt == 128 or tokens <= 256:
-                found += [Config(0, bt, split, 0, stages, t, specialized=n) for split, n, t in cuts]
+                found += [Config(0, bt, split, 0, stages, t, specialized=n) for split, n, t in shares]
     if dense and tokens > 128:
         found = [Config(0, 0, 1, 0, 0, chunk=chunk) for chunk in (2048, 4096, 1 << 20) if chunk < 2 * rows]
         if hopper:

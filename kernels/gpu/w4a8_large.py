@@ -42,9 +42,21 @@ prmt.b32 $0, e, o, 0x5140; prmt.b32 $1, e, o, 0x7362; }""")
 
 
 @gluon.jit
+def _wait_for_previous():
+    """As in `pdl.py`."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _launch_next():
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
 def _load(x, w, s, xs, ws, ss, full, free, M, N, K, GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr,
           STAGES: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
     _, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
+    _wait_for_previous()
     step = 0
     for number in range(count):
         tile, k0, k1 = piece(number, blocks, alone, first, last)
@@ -62,6 +74,7 @@ def _load(x, w, s, xs, ws, ss, full, free, M, N, K, GROUP: gl.constexpr, BT: gl.
             if GROUP > 0:
                 async_load(s, [k * 128 // GROUP, n * 256], ready, ss.index(slot))
             step += 1
+    _launch_next()
 
 
 @gluon.jit
@@ -121,6 +134,7 @@ def _multiply(
     INT: gl.constexpr = xs.dtype == gl.int8
     SUM: gl.constexpr = gl.int32 if INT else gl.float32
     tiles, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
+    _wait_for_previous()
     step = 0
     for number in range(count):
         tile, k0, k1 = piece(number, blocks, alone, first, last)
@@ -240,6 +254,7 @@ def launcher(config: Config, group: int, factor: float) -> Launcher:
         FACTOR=factor,
         MAGIC=config.magic,
         num_warps=4,
+        launch_pdl=True,
     )
 
 
