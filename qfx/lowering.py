@@ -14,6 +14,7 @@ from qfx.passes.discover.capture import capture
 from qfx.passes.lower.fuse import rewrite
 from qfx.passes.lower.merge import find_calls, find_groups
 
+from ._handover import LEFT
 from .core.errors import CalibrationError, CaptureError, KernelError
 from .core.lowering import LoweredLayer, LoweringReport
 from .core.report import Miss
@@ -103,6 +104,18 @@ def lower_graph(model: nn.Module, example: Mapping[str, Tensor] | Tensor | None 
     module = fx.GraphModule(constants, graph.fx, type(model).__name__)
     module.meta["rewrites"] = rewrites
     return module
+
+
+def inductor_pass(graph: fx.Graph) -> None:
+    """Rewrites a graph of Inductor's: `torch.compile(quantized, options={"post_grad_custom_pre_pass": inductor_pass})`.
+
+    `torch.compile(quantized, backend="qfx")` does the same on a graph whose ops are not decomposed yet, and Inductor's
+    cache of compiled graphs takes that one.
+
+    Args:
+        graph: of the model's forward, in aten ops; it is changed.
+    """
+    rewrite(graph, LEFT)
 
 
 def restore(model: nn.Module) -> None:

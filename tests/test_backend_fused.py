@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import qfx
 from qfx.backend import Backend
 from qfx.core.errors import RecipeError
+from qfx.lowering import inductor_pass
 from qfx.passes.lower import graph as lower_graph
 from qfx.watched import WEIGHTS
 from tests.test_backend import Branching, Feeds, Stack, quantized, same, times_made, unfused
@@ -67,7 +68,7 @@ def test_codes_stay(name: str, scheme: str) -> None:
     want, got, difference, chosen, fused = both(model, scheme, feeds)
     assert changed(chosen) == APPLIED[name]
     assert difference.linears == len(chosen.layers)
-    assert difference.steps <= 1 and difference.moved <= 1e-4 * difference.codes
+    assert difference.first[1] <= 1 and difference.moved <= 1e-4 * difference.codes
     assert distance(want, got) < (1e-6 if not difference.moved else distance(floats(model(**feeds)), want))
     assert not any(op.endswith("8_linear") for op in fused.ops())
     assert all(m.why for graph in chosen.rewrites for r in graph for m in r.misses)
@@ -288,6 +289,23 @@ def test_a_quantized_model_is_rewritten_without_a_recipe() -> None:
     assert "qfx.int8_linear" not in codes.ops() and chosen.layers == {} == chosen.floats
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="is not quantized"):
         torch.compile(model, backend="qfx")(**feeds)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_inductor_runs_the_rewrites_on_its_own_graph(dtype: torch.dtype) -> None:
+    model = nn.Sequential(Block(), nn.LayerNorm(64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).eval().to(dtype)
+    feeds, ops = {"input": torch.randn(2, 5, 64, dtype=dtype)}, []
+
+    def spy(graph: torch.fx.Graph) -> None:
+        inductor_pass(graph)
+        ops.extend(str(n.target).removesuffix(".default") for n in graph.nodes if n.op == "call_function")
+
+    q = qfx.quantize(model, ALL, [feeds], progress=False)
+    got = torch.compile(q, fullgraph=True, options={"post_grad_custom_pre_pass": spy})(**feeds)
+    assert distance([q(**feeds)], [got]) < (1e-6 if dtype is torch.float32 else 2e-2)
+    assert [ops.count(f"qfx.{op}") for op in ("norm_quantize", "gated_quantize", "int8_gemm")] == [3, 3, 8]
+    assert not {"qfx.quantize_rows", "qfx.int8_linear", "aten.rsqrt", "aten.var_mean.correction"} & set(ops)
 
 
 def test_modes_and_options_go_to_the_next_backend() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx.kernels.int8_gemm import ACTIVATIONS
-from qfx.passes.lower._rewrite import is_call
+from qfx.passes.lower._rewrite import alike, is_call, is_cast
 
 aten = torch.ops.aten
 _POINTWISE = {
@@ -37,7 +37,7 @@ def find_activation(y: Any) -> Activation | None:
     ends = {y} if isinstance(y, fx.Node) else set()
     while ends and len(inside) < _MOST:
         node = max(ends)
-        if not is_call(node, *_POINTWISE):
+        if not is_call(node, *_POINTWISE) and not is_cast(node):
             return None
         ends.remove(node)
         inside.add(node)
@@ -45,6 +45,8 @@ def find_activation(y: Any) -> Activation | None:
         if len(ends) == 1:
             (x,) = ends
             if (name := _name(sorted(inside), x)) is not None:
+                if is_cast(x) and alike(x.args[0], y):  # computed in a wider dtype
+                    return Activation(x.args[0], name, inside | {x})  # type: ignore[arg-type]
                 return Activation(x, name, inside)
     return None
 
@@ -56,7 +58,7 @@ def activation_of(x: fx.Node) -> tuple[fx.Node, str] | None:
         if y is not x and (found := find_activation(y)) is not None and found.x is x:
             within = all(set(n.users) <= found.nodes for n in (found.nodes | {x}) - {y})
             return (y, found.name) if within else None
-        behind += [u for u in sorted(y.users) if u not in behind and is_call(u, *_POINTWISE)]
+        behind += [u for u in sorted(y.users) if u not in behind and (is_cast(u) or is_call(u, *_POINTWISE))]
         if len(behind) > _MOST + 1:
             break
     return None
@@ -67,6 +69,6 @@ def _name(nodes: list[fx.Node], x: fx.Node) -> str | None:
     env: dict[fx.Node, Tensor] = {x: points}
     for node in nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        env[node] = args[0] if is_cast(node) else node.target(*args, **kwargs)  # type: ignore[assignment,operator]
     known = ((name, f(points)) for name, f in ACTIVATIONS.items() if name)
     return next((name for name, want in known if (env[nodes[-1]] - want).abs().max() < _TOLERANCE), None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from qfx.passes.lower._rewrite import arguments, is_call, is_constant, sole_user, value
+from qfx.passes.lower._rewrite import arguments, is_call, is_cast, is_constant, sole_user, value
 
 aten = torch.ops.aten
 
@@ -79,24 +80,29 @@ def _spelled(root: fx.Node) -> Norm | None:
     if not is_call(added, aten.add.Tensor, aten.add.Scalar) or not _is_number(added.args[1]):  # type: ignore[union-attr]
         return None
     mean, eps = added.args  # type: ignore[union-attr]
-    if not is_call(mean, aten.mean.dim) or not _over_last_axis(mean):  # type: ignore[arg-type]
+    scaled, both = sole_user(root), _of_both(mean)
+    if both is not None:
+        square, f = both, next((n for n in scaled.all_input_nodes if n is not root), None) if scaled else None
+        if f is None or not is_call(f, aten.sub.Tensor) or _of_both(f.args[1], 1) is not both:
+            return None
+    elif is_call(mean, aten.mean.dim) and _over_last_axis(mean):  # type: ignore[arg-type]
+        square = mean.args[0]  # type: ignore[union-attr,assignment]
+        f = _squared(square)
+    else:
         return None
-    square = mean.args[0]  # type: ignore[union-attr]
-    f = _squared(square)
-    scaled = sole_user(root)
     if f is None or not is_call(scaled, aten.mul.Tensor) or set(scaled.all_input_nodes) != {f, root}:  # type: ignore[union-attr]
         return None
     assert scaled is not None
     first, source = square, f
-    if center := _centered(f):
-        first, source = f.args[1], f.args[0]  # type: ignore[assignment]
-    x = source.args[0] if is_call(source, aten.to.dtype) and _dtype(source) == torch.float32 else source
+    if center := both is not None or _centered(f):
+        first, source = both or f.args[1], f.args[0]  # type: ignore[assignment]
+    x = source.args[0] if is_cast(source) and _dtype(source) == torch.float32 else source
     assert isinstance(x, fx.Node) and isinstance(first, fx.Node)
     first = first if source is x else source
     y, gain, bias, cast_first, casts = scaled, None, None, False, _dtype(scaled) != _dtype(x)
     while (user := sole_user(y)) is not None:
         other = next((a for a in user.args if a is not y), None)
-        if is_call(user, aten.to.dtype, aten.type_as.default) and user.args[0] is y and _dtype(user) == _dtype(x):
+        if (is_cast(user) or is_call(user, aten.type_as.default)) and user.args[0] is y and _dtype(user) == _dtype(x):
             cast_first, casts = cast_first or (casts and gain is None), False
         elif gain is None and is_call(user, aten.mul.Tensor) and _per_channel(other, x):
             gain = other
@@ -106,6 +112,17 @@ def _spelled(root: fx.Node) -> Norm | None:
             break
         y = user
     return Norm(x, y, first, gain, bias, eps, center, cast_first, spelled=True)  # type: ignore[arg-type]
+
+
+def _of_both(node: Any, index: int = 0) -> fx.Node | None:
+    """The op of which a value is the variance, or the mean, over the last axis."""
+    if not is_call(node, operator.getitem) or node.args[1] != index:
+        return None
+    both = node.args[0]
+    if not is_call(both, aten.var_mean.correction):
+        return None
+    args = arguments(both)
+    return both if args["correction"] == 0 and _over_last_axis(both) else None
 
 
 def _is_number(node: Any) -> bool:
@@ -128,7 +145,9 @@ def _centered(f: fx.Node) -> bool:
 
 def _over_last_axis(mean: fx.Node) -> bool:
     args, source = arguments(mean), value(mean.args[0])
-    return bool(args["keepdim"]) and source is not None and list(args["dim"]) in ([-1], [source.dim() - 1])
+    if source is None or source.dim() < 2:
+        return False
+    return bool(args["keepdim"]) and list(args["dim"]) in ([-1], [source.dim() - 1])
 
 
 def _per_channel(node: Any, x: fx.Node) -> bool:

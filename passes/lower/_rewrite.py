@@ -113,10 +113,17 @@ def sole_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def is_cast(node: Any) -> bool:
+    """Whether a node changes its input's dtype, and nothing else."""
+    return is_call(node, aten.to.dtype, aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+
+
 def is_constant(node: Any) -> bool:
-    """Whether a value depends on parameters and buffers only."""
-    if not isinstance(node, fx.Node) or node.op == "placeholder":
+    """Whether a value depends on parameters, buffers and inputs of one axis only."""
+    if not isinstance(node, fx.Node):
         return False
+    if node.op == "placeholder":
+        return (found := value(node)) is not None and found.dim() == 1
     return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes)))
 
 

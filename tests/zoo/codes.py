@@ -63,12 +63,14 @@ class Difference:
         codes: how many codes there are.
         moved: how many of them differ.
         steps: by how many steps of the grid at most.
+        first: the same two numbers of the first product whose input differs; what is behind it follows.
     """
 
     linears: int = 0
     codes: int = 0
     moved: int = 0
     steps: int = 0
+    first: tuple[int, int] = (0, 0)
 
 
 def compare(plain: Codes, fused: Codes) -> Difference:
@@ -80,10 +82,12 @@ def compare(plain: Codes, fused: Codes) -> Difference:
             rows = others[taken[i] : taken[i] + len(weight)]
             if rows.shape == weight.shape and theirs.shape == codes.shape and torch.equal(_steps(rows), _steps(weight)):
                 apart = (_steps(codes) - _steps(theirs)).abs()
+                moved, steps = int((apart > 0).sum()), int(apart.max()) if apart.numel() else 0
                 result.linears += 1
                 result.codes += apart.numel()
-                result.moved += int((apart > 0).sum())
-                result.steps = max(result.steps, int(apart.max()) if apart.numel() else 0)
+                result.moved += moved
+                result.steps = max(result.steps, steps)
+                result.first = result.first if result.first[0] else (moved, steps)
                 taken[i] += len(weight)
                 break
     return result
