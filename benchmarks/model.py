@@ -141,6 +141,9 @@ def compare(a: argparse.Namespace, name: str, end: float) -> Iterator[dict[str, 
                     worker.stop()  # what compiles would disturb the others
                     print(f"{name} {worker.way}: not ready in time, or failed", flush=True)
                     yield {"model": name, "way": worker.way, "failed": "not ready in time, or failed"}
+            if a.ask:
+                print("press enter when nothing else uses the GPU", flush=True)
+                sys.stdin.readline()
             for worker in ready:
                 worker.go()
                 line = worker.until(ROW, end)
@@ -191,6 +194,7 @@ def main() -> None:
     ap.add_argument("--out", default="benchmarks/results/model.json")
     ap.add_argument("--resume", action="store_true", help="add to what --out holds")
     ap.add_argument("--budget", type=float, default=540.0, help="seconds for each model")
+    ap.add_argument("--ask", action="store_true", help="wait for a line on the terminal before timing")
     ap.add_argument("--worker", help=argparse.SUPPRESS)
     ap.add_argument("--lock", help=argparse.SUPPRESS)
     a = ap.parse_args()

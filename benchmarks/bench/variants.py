@@ -46,19 +46,24 @@ class Variant:
         self.model: nn.Module | None = None
 
     def build(self) -> None:
-        """Makes the weights, at most one float model at a time more than what stays."""
+        """Makes the weights; only here a float model is in memory beside what stays."""
         began = time.perf_counter()
         model = models.build(self.name, self.layers, self.device)
         if self.kind in ("modules", "fused"):
             models.quantize(model, self.option)
-            models.free()
-            ids = torch.randint(0, model.config.vocab_size, (1, 32), device=self.device)
-            self.row["lowered"] = models.lower(model, ids)
         elif self.kind == "torchao":
             _torchao(model, self.option)
         models.free()
         self.row |= {"weights": models.stored_bytes(model), "seconds": time.perf_counter() - began}
         self.model = model
+
+    def lower(self) -> None:
+        """Gives the layers their kernels."""
+        if self.kind in ("modules", "fused"):
+            assert self.model is not None
+            ids = torch.randint(0, self.model.config.vocab_size, (1, 32), device=self.device)
+            self.row["lowered"] = models.lower(self.model, ids)
+            models.free()
 
     def imports(self) -> None:
         """Loads what building needs."""
