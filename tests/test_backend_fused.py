@@ -99,6 +99,18 @@ def test_a_solution_is_rewritten() -> None:
     assert all(torch.equal(v, state[k]) for k, v in q.state_dict().items())
 
 
+@pytest.mark.parametrize("solved", [False, True])
+def test_linears_that_are_joined_in_one_graph_and_not_in_another(solved: bool) -> None:
+    model, feeds = Pair().eval(), {"x": torch.randn(5, 64)}
+    q = qfx.quantize(model, ALL, [feeds], progress=False)
+    chosen = qfx.backend(q if solved else ALL, then="eager")
+    fast = torch.compile(model, backend=chosen)
+    for apart in (False, True, False):
+        torch._dynamo.reset()
+        assert torch.equal(fast(**feeds, apart=apart), q(**feeds, apart=apart))
+    assert [graph[0].changed for graph in chosen.rewrites] == [1, 0, 1]
+
+
 def test_without_rewrites_nothing_is_changed() -> None:
     model, feeds = ZOO["opt"].load()
     chosen = unfused("W8A8", then="eager")
@@ -122,10 +134,10 @@ class Pair(nn.Module):
         self.c = nn.Linear(64, 64)
         self.between = between
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, apart: bool = False) -> Tensor:
         a = self.a(x)
         self.between(x)
-        b = self.b(x)
+        b = self.b(x.tanh() if apart else x)
         return torch.cat([a, b, self.c(a @ torch.ones(48, 64))], -1)
 
 
