@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -174,7 +175,8 @@ def check(
     out_dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Raises KernelError unless shapes and names fit; of all families."""
-    tokens, rows = x_codes.shape[:-1].numel(), codes.shape[0]
+    # a size may be a symbol of Dynamo's, which `torch.Size.numel` would make a constant
+    tokens, rows = math.prod(x_codes.shape[:-1]), codes.shape[0]
     if codes.dim() != 2 or x_codes.shape[-1] != codes.shape[1]:
         raise KernelError(
             f"{name}: x_codes {tuple(x_codes.shape)} with codes {tuple(codes.shape)}; codes are [out, in], and "

@@ -244,10 +244,7 @@ def test_graph_breaks() -> None:
     assert changed(chosen)["end products"] >= 1 and times_made(model) == [1] * 4
 
 
-SIZES = pytest.mark.xfail(reason="the fake bodies of products of codes make the number of tokens a constant")
-
-
-@pytest.mark.parametrize("scheme", ["W4A16_G32", pytest.param("W8A8", marks=SIZES)])
+@pytest.mark.parametrize("scheme", ["W4A16_G32", "W8A8", "FP8_DYNAMIC"])
 def test_sizes_that_vary_do_not_compile_again_and_again(scheme: str) -> None:
     model, feeds = Block().eval(), {"x": torch.randn(4, 12, 64)}
     chosen = qfx.backend({"schemes": {"*": scheme}}, then="eager")

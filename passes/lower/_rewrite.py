@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,21 @@ def is_constant(node: Any) -> bool:
     if node.op == "placeholder":
         return (found := value(node)) is not None and found.dim() == 1
     return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes)))
+
+
+def drop(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erases those of the nodes that nothing reads, and what only they have read. Effects stay.
+
+    Looking for dead code in all of the graph takes its length, for each rewrite.
+    """
+    waiting, gone = list(nodes), set()
+    while waiting:
+        node = waiting.pop()
+        if node in gone or node.users or node.op in ("placeholder", "output") or node.is_impure():
+            continue
+        waiting += node.all_input_nodes
+        graph.erase_node(node)
+        gone.add(node)
 
 
 def hoist(node: Any, before: fx.Node) -> None:

@@ -31,6 +31,7 @@ from qfx.passes.lower._rewrite import (
     alike,
     arguments,
     count_ops,
+    drop,
     emit,
     hoist,
     is_call,
@@ -74,7 +75,6 @@ def keep_shape(graph: fx.Graph, miss: Report) -> int:
         with graph.inserting_before(node):
             whole = emit(graph, node.target, (x, *node.args[1:]), node)
         _replace(graph, shaped, whole)
-        graph.erase_node(node)
         done += 1
     return done
 
@@ -161,7 +161,6 @@ def quantize_gated(graph: fx.Graph, miss: Report) -> int:
         with graph.inserting_before(node):
             fused = emit(graph, GATED, (gate, up, act, a["x_grid"], a["x_scale"], a["x_zero"]), node)
         _replace(graph, node, fused)
-        graph.eliminate_dead_code()
         done += 1
     return done
 
@@ -182,7 +181,6 @@ def quantize_hadamards(graph: fx.Graph, miss: Report) -> int:
             block = arguments(source)["block"]
             fused = emit(graph, HADAMARD, (source.args[0], block, a["x_grid"], a["x_scale"], a["x_zero"]), node)
         _replace(graph, node, fused)
-        graph.eliminate_dead_code()
         done += 1
     return done
 
@@ -205,7 +203,6 @@ def end_products(graph: fx.Graph, miss: Report) -> int:
         with graph.inserting_before(y):
             product = emit(graph, node.target, tuple(args.values()), node)
         _replace(graph, y, product)
-        graph.eliminate_dead_code()
         done += 1
     return done
 
@@ -256,7 +253,7 @@ def _fuse_norm(graph: fx.Graph, norm: Norm, miss: Report) -> bool:
             norm.x.replace_all_uses_with(total, delete_user_cb=after.__contains__)
     for reader in same:
         _merge_parts(graph, fused, reader)
-    graph.eliminate_dead_code()
+    drop(graph, (norm.y, norm.x))
     return True
 
 
@@ -307,8 +304,7 @@ _GEMM_ARGUMENTS = ("x_codes", "x_scale", "codes", "w_scale", "bias", "residual",
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-    if not old.users:
-        graph.erase_node(old)
+    drop(graph, (old,))
 
 
 def _merge_parts(graph: fx.Graph, kept: fx.Node, old: fx.Node) -> None:
