@@ -82,9 +82,7 @@ def four(
     if large and form in ("int8", "e4m3"):
         from qfx.kernels.gpu.w4a8_large import w4a8_large
 
-        w4a8_large(
-            codes(m, k, INT8 if form == "int8" else E4M3), moved(torch.rand(m, 1)), tiles, scale, None, bias, n, group
-        )
+        w4a8_large(codes(m, k, INT8 if form == "int8" else E4M3), moved(torch.rand(m, 1)), tiles, scale, bias, n, group)
         return
     if large:
         from qfx.kernels.gpu.w4_large import w4_large

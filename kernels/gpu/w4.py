@@ -379,4 +379,4 @@ def _run_specialized(
         w4_large.w4_large(x, tiles, scale, zero, bias, rows, group, cut, y, decoder.asm)
     else:
         cut8 = w4a8_large.Config(config.bt, config.stages, config.tokens, whole, programs)
-        w4a8_large.w4a8_large(x, x_scale, tiles, scale, zero, bias, rows, group, y.dtype, cut8, y)
+        w4a8_large.w4a8_large(x, x_scale, tiles, scale, bias, rows, group, y.dtype, cut8, y)

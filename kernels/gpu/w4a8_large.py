@@ -32,10 +32,6 @@ from qfx.kernels.gpu.w4_large import _descriptor, _processors
 # A byte of layout `halves` has column j below column 64 + j. A two's complement nibble in the upper half of a byte is
 # 16 times itself.
 _INT8 = gl.constexpr("{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }")
-# With zero points a byte is the nibble less its row's: 128 more is 113 to 143 and borrows nothing from its neighbour.
-_UINT = gl.constexpr("""{ .reg .b32 t;
-lop3.b32 t, $2, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $0, t, 0x80808080;
-shr.b32 t, $2, 4; lop3.b32 t, t, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $1, t, 0x80808080; }""")
 # A word of layout `fours` has four columns in each half. Integers up to 8 in the low bits of an E4M3 are as many times
 # 2⁻⁹, and a negative two's complement nibble n becomes 0x90 - n, which is (n ^ 0x8f) + 1.
 _E4M3 = gl.constexpr("""{ .reg .b32 e, m, o, t;
@@ -57,7 +53,7 @@ def _launch_next():
 
 
 @gluon.jit
-def _load(x, w, s, z, xs, ws, ss, zs, full, free, M, N, K, GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr,
+def _load(x, w, s, xs, ws, ss, full, free, M, N, K, GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr,
           STAGES: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
     _, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
     _wait_for_previous()
@@ -70,31 +66,27 @@ def _load(x, w, s, z, xs, ws, ss, zs, full, free, M, N, K, GROUP: gl.constexpr, 
             # the slot's first turn finds the barrier of the turn before it already passed
             mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
             ready = full.index(slot)
-            mbarrier.expect(ready, BT * 128 + 2 * 128 * 64 + (1024 if GROUP > 0 else 0) + (0 if z is None else 256))
+            mbarrier.expect(ready, BT * 128 + 2 * 128 * 64 + (1024 if GROUP > 0 else 0))
             octets = ws.index(slot)
             async_load(w, [(2 * n * blocks + k) * 128, 0], ready, octets.slice(0, 128, 0))
             async_load(w, [((2 * n + 1) * blocks + k) * 128, 0], ready, octets.slice(128, 128, 0))
             async_load(x, [m * BT, k * 128], ready, xs.index(slot))
             if GROUP > 0:
                 async_load(s, [k * 128 // GROUP, n * 256], ready, ss.index(slot))
-            if z is not None:
-                async_load(z, [k * 128 // GROUP if GROUP > 0 else 0, n * 256], ready, zs.index(slot))
             step += 1
     _launch_next()
 
 
 @gluon.jit
-def _of_rows(values, FIRST: gl.constexpr, LAYOUT: gl.constexpr):
-    """What 64 rows from FIRST on have, `[64, 1]`."""
-    return values.slice(FIRST, 64, 1).permute((1, 0)).load(LAYOUT)
+def _scales(scales, FIRST: gl.constexpr, MMA: gl.constexpr):
+    """Of 64 rows from FIRST on, `[64, 1]`."""
+    return scales.slice(FIRST, 64, 1).permute((1, 0)).load(MMA)
 
 
 @gluon.jit
-def _decode(octets, zero, INT: gl.constexpr, ZERO: gl.constexpr, DOT: gl.constexpr):
+def _decode(octets, INT: gl.constexpr, DOT: gl.constexpr):
     """Bytes `[64, 32]` to 32 columns of the first 64 and 32 of the last 64."""
-    if ZERO:
-        low, high = gl.inline_asm_elementwise(_UINT, "=r,=r,r,r", [octets, zero], (gl.int8, gl.int8), True, 4)
-    elif INT:
+    if INT:
         low, high = gl.inline_asm_elementwise(_INT8, "=r,=r,r", [octets], (gl.int8, gl.int8), True, 4)
     else:
         low, high = gl.inline_asm_elementwise(_E4M3, "=r,=r,r", [octets], (gl.float8e4nv, gl.float8e4nv), True, 4)
@@ -103,22 +95,17 @@ def _decode(octets, zero, INT: gl.constexpr, ZERO: gl.constexpr, DOT: gl.constex
 
 
 @gluon.jit
-def _product(
-    octets, zeros, columns, acc, INT: gl.constexpr, ZERO: gl.constexpr, FIRST: gl.constexpr, DOT: gl.constexpr
-):  # fmt: skip
+def _product(octets, columns, acc, INT: gl.constexpr, DOT: gl.constexpr):
     """Starts 64 rows times 128 columns: bytes `[64, 64]`, tokens `[BT, 128]`. Returns the sums to be.
 
     `acc` is where they will be. If that were zeros, and not what was there before, it would be other registers.
     """
-    zero = 0
-    if ZERO:
-        zero = _of_rows(zeros, FIRST, DOT)
-    low, high = _decode(octets.slice(0, 32, 1).load(DOT), zero, INT, ZERO, DOT)
+    low, high = _decode(octets.slice(0, 32, 1).load(DOT), INT, DOT)
     acc = warpgroup_mma(low, columns.slice(0, 32, 1).permute((1, 0)), acc, use_acc=False, is_async=True)
     acc = warpgroup_mma(high, columns.slice(64, 32, 1).permute((1, 0)), acc, is_async=True)
     second = octets.slice(32, 32, 1).load(DOT)
     acc = warpgroup_mma_wait(1, deps=[acc])
-    low, high = _decode(second, zero, INT, ZERO, DOT)
+    low, high = _decode(second, INT, DOT)
     acc = warpgroup_mma(low, columns.slice(32, 32, 1).permute((1, 0)), acc, is_async=True)
     acc = warpgroup_mma_wait(1, deps=[acc])
     return warpgroup_mma(high, columns.slice(96, 32, 1).permute((1, 0)), acc, is_async=True)
@@ -137,7 +124,7 @@ def _float(acc, MAGIC: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    y, xs, ws, ss, zs, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+    y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
     PART: gl.constexpr, GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
     WHOLE: gl.constexpr, FACTOR: gl.constexpr, MAGIC: gl.constexpr,
 ):  # fmt: skip
@@ -145,7 +132,6 @@ def _multiply(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 32])
     DOT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     INT: gl.constexpr = xs.dtype == gl.int8
-    ZERO: gl.constexpr = zs.dtype == gl.uint8
     SUM: gl.constexpr = gl.int32 if INT else gl.float32
     tiles, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
     _wait_for_previous()
@@ -166,14 +152,14 @@ def _multiply(
             mbarrier.wait(full.index(slot), step // STAGES & 1)
             octets = ws.index(slot).slice(PART * 128, 64, 0)
             total1 += _float(acc, MAGIC) * scale1
-            acc = _product(octets, zs.index(slot), xs.index(slot), acc, INT, ZERO, PART * 128, DOT)
+            acc = _product(octets, xs.index(slot), acc, INT, DOT)
             if GROUP > 0:
-                scale0 = _of_rows(ss.index(slot), PART * 128, MMA)
-                scale1 = _of_rows(ss.index(slot), PART * 128 + 64, MMA)
+                scale0 = _scales(ss.index(slot), PART * 128, MMA)
+                scale1 = _scales(ss.index(slot), PART * 128 + 64, MMA)
             acc = warpgroup_mma_wait(0, deps=[acc])
             octets = ws.index(slot).slice(PART * 128 + 64, 64, 0)
             total0 += _float(acc, MAGIC) * scale0
-            acc = _product(octets, zs.index(slot), xs.index(slot), acc, INT, ZERO, PART * 128 + 64, DOT)
+            acc = _product(octets, xs.index(slot), acc, INT, DOT)
             step += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
@@ -195,7 +181,7 @@ def _multiply(
 
 @gluon.jit
 def _w4a8_large(
-    x, w, s, z, y, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+    x, w, s, y, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr, FACTOR: gl.constexpr,
     MAGIC: gl.constexpr,
 ):  # fmt: skip
@@ -203,9 +189,6 @@ def _w4a8_large(
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, BT, 128], x.layout)
     ws = gl.allocate_shared_memory(w.dtype, [STAGES, 256, 64], w.layout)
     ss = gl.allocate_shared_memory(s.dtype, [STAGES, 1, 256], s.layout)
-    zs = ss
-    if z is not None:
-        zs = gl.allocate_shared_memory(z.dtype, [STAGES, 1, 256], z.layout)
     staged = gl.allocate_shared_memory(y.dtype, [2, BT, 64], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -217,18 +200,18 @@ def _w4a8_large(
     # first one loads, four warps for the work of one thread.
     gl.warp_specialize(
         [
-            (_load, (x, w, s, z, xs, ws, ss, zs, full, free, M, N, K, GROUP, BT, TOKENS, STAGES, WHOLE)),
+            (_load, (x, w, s, xs, ws, ss, full, free, M, N, K, GROUP, BT, TOKENS, STAGES, WHOLE)),
             (
                 _multiply,
                 (
-                    y, xs, ws, ss, zs, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+                    y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
                     0, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR, MAGIC,
                 ),
             ),
             (
                 _multiply,
                 (
-                    y, xs, ws, ss, zs, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+                    y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
                     1, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR, MAGIC,
                 ),
             ),
@@ -287,8 +270,8 @@ def supports(x: Tensor, rows: int, group: int, zero: Tensor | None, dtype: torch
         return f"w4a8_large: activations of {x.dtype}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"w4a8_large: an output of {dtype}"
-    if zero is not None and x.dtype != torch.int8:
-        return f"w4a8_large: zero points with activations of {x.dtype}"
+    if zero is not None:
+        return "w4a8_large: zero points"
     if rows % 8 or x.shape[1] % 16 or x.stride(0) % 16 or x.data_ptr() % 16:
         return "w4a8_large: rows of x and y that do not start at multiples of 16 bytes"
     if group > 0 and group % 128:
@@ -301,7 +284,6 @@ def w4a8_large(
     x_scale: Tensor,
     tiles: Tensor,
     scale: Tensor,
-    zero: Tensor | None,
     bias: Tensor | None,
     rows: int,
     group: int,
@@ -314,10 +296,8 @@ def w4a8_large(
     Args:
         x: int8 or float8_e4m3fn `[tokens, in]`, its rows contiguous.
         x_scale: float32, one for each token.
-        tiles: uint8 `[row tiles, column tiles, 128, 64]` in layout `halves`, or `fours` for E4M3: two's complement, or
-            unsigned with zero points.
+        tiles: uint8 `[row tiles, column tiles, 128, 64]`, two's complement in layout `halves`, or `fours` for E4M3.
         scale: float32 `[groups, 128 · row tiles]`.
-        zero: uint8 of that shape, or None; for int8 only.
         bias: `[out]`.
         rows: `out`.
         group: columns that share a scale: a multiple of 128, or -1 for all of them.
@@ -342,12 +322,11 @@ def w4a8_large(
         arrived = counters(4 * min(count, 2 * programs), x.device)
     kind = "bfloat16" if y.dtype == torch.bfloat16 else "float16"
     form, factor = _FORMS[x.dtype]
-    launcher(config, group, factor if zero is None else 1.0)(
+    launcher(config, group, factor)(
         (programs, 1, 1),
         _descriptor(x, [tokens, columns], x.stride(0), (bt, 128), form),
         _descriptor(tiles, [tiles.shape[0] * blocks * 128, 64], 64, (128, 64), "uint8"),
         _descriptor(scale, list(scale.shape), scale.shape[1], (1, 256), "float32"),
-        None if zero is None else _descriptor(zero, list(zero.shape), zero.shape[1], (1, 256), "uint8"),
         _descriptor(y, [tokens, rows], rows, (bt, 64), kind),
         x_scale, scale, bias, part, arrived, tokens, rows, columns, scale.shape[1],
     )  # fmt: skip
