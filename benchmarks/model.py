@@ -105,9 +105,7 @@ def work(a: argparse.Namespace) -> None:
     variant.imports()
     with _alone(a.lock):
         variant.build()
-    print(
-        f"built in {variant.row['seconds']:.0f} s; {variant.row.get('lowered', '').partition(chr(10))[0]}", flush=True
-    )
+    print(f"built in {variant.row['seconds']:.0f} s", flush=True)
     for case, tokens, make in variant.cases(a.decode, a.prefill or PREFILL.get(name, PREFILL["default"])):
         try:
             prepared.append((case, tokens, make()))

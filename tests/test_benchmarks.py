@@ -22,7 +22,7 @@ def module(name: str) -> Any:
         sys.path.remove(str(BENCHMARKS))
 
 
-cases, ops, peers, report, timing = map(module, ("cases", "ops", "peers", "report", "timing"))
+cases, ops, peers, report, timing, variants = map(module, ("cases", "ops", "peers", "report", "timing", "variants"))
 
 
 def weight(out: int = 256, columns: int = 384) -> torch.Tensor:
@@ -120,3 +120,19 @@ def test_shapes_by_name_and_by_size() -> None:
         (4096, 14336),
         (8, 16),
     ]
+
+
+@pytest.mark.parametrize(("way", "smaller"), [("bf16", False), ("modules:W4A16", True), ("fused:W8A8", True)])
+def test_whole_models_are_quantized_and_get_their_kernels(way: str, smaller: bool) -> None:
+    plain = variants.Variant("tiny-llama", "bf16", 2, "eager", "cpu")
+    made = variants.Variant("tiny-llama", way, 2, "eager", "cpu")
+    plain.build()
+    made.build()
+    found = [(case, tokens) for case, tokens, _ in made.cases([1, 4], [(2, 16)])]  # cases run on a GPU only
+    assert found == [("decode 1", 1), ("decode 4", 4), ("prefill 2x16", 32)]
+    assert (made.row["weights"] < plain.row["weights"]) == smaller == made.row.get("lowered", "").startswith("lowered")
+
+
+def test_a_way_that_is_none_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no way 'gguf:Q4'"):
+        variants.Variant("tiny-llama", "gguf:Q4", 2, "eager", "cpu")

@@ -57,12 +57,13 @@ class Variant:
         self.row |= {"weights": models.stored_bytes(model), "seconds": time.perf_counter() - began}
         self.model = model
 
-    def lower(self) -> None:
+    def _lower(self) -> None:
         """Gives the layers their kernels."""
         if self.kind in ("modules", "fused"):
             assert self.model is not None
             ids = torch.randint(0, self.model.config.vocab_size, (1, 32), device=self.device)
             self.row["lowered"] = models.lower(self.model, ids)
+            print(self.row["lowered"].partition("\n")[0], flush=True)
             models.free()
 
     def imports(self) -> None:
@@ -78,6 +79,7 @@ class Variant:
     ) -> Iterator[tuple[str, int, Callable[[], models.Prepared]]]:
         """Every case: its name, its tokens, and what compiles it, runs it once, and returns how to time it."""
         assert self.model is not None
+        self._lower()
         forward = models.compiled(self.model, self.scope, self._settings())
         for batch in decode:
             case = f"decode {batch}"
