@@ -22,7 +22,6 @@ from bench import report  # noqa: E402
 del sys.path[0]  # other libraries look for a package `kernels`, and would find kernels.py
 
 Row = dict[str, Any]
-BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 
 
 def read(path: Path) -> tuple[Row, report.Results]:
@@ -60,23 +59,30 @@ def op_tables(results: report.Results) -> list[str]:
     return lines
 
 
+def by_model(result: Row) -> dict[str, list[Row]]:
+    """The rows of each model, and of each number of its layers."""
+    found: dict[str, list[Row]] = {}
+    for r in result["rows"]:
+        found.setdefault(r["model"] + (f", {r['layers']} layers" if r.get("layers") else ""), []).append(r)
+    return found
+
+
 def model_tables(result: Row) -> list[str]:
     """For each model: ms of every case."""
     lines: list[str] = []
-    for name in dict.fromkeys(r["model"] for r in result["rows"]):
-        rows = [r for r in result["rows"] if r["model"] == name]
+    for name, rows in by_model(result).items():
         cases = list(dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, dict) and "ms" in v))
         base = next((r for r in rows if r["way"] == "bf16"), {})
-        layers = f", {r} layers" if (r := rows[0].get("layers")) else ""
-        title = f"**{name}**{layers}: ms (times as fast as bf16), GiB (share of bf16's)"
+        title = f"**{name}**: ms (times as fast as bf16), GiB (share of bf16's)"
         lines += ["", title, "", "| way | " + " | ".join([*cases, "weights", "peak"]) + " |"]
         lines.append("|---" * (len(cases) + 3) + "|")
         for r in rows:
             cells = [_ms(r.get(c), base.get(c)) for c in cases]
             peaks = [max((x[c]["peak"] for c in cases if "ms" in x.get(c, {})), default=0) for x in (r, base)]
-            sizes = [(r.get("weights", 0), base.get("weights", 0)), (peaks[0], peaks[1])]
+            sizes = [(r.get("weights"), base.get("weights")), (peaks[0], peaks[1])]
             cells += [f"{a / 2**30:.2f} ({a / b:.2f})" if a and b else "-" for a, b in sizes]
-            lines.append(f"| {r['way']} | " + " | ".join(cells) + " |")
+            note = f" ({r['note']})" if "note" in r else ""
+            lines.append(f"| {r['way']}{note} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -132,21 +138,21 @@ def draw_kernels(results: report.Results, shape: tuple[int, int], path: Path) ->
 
 
 def draw_models(result: Row, path: Path) -> None:
-    """Bars: ms of every case, for each model."""
+    """Bars: times as fast as bf16 in every case, for each model."""
     plt = _matplotlib()
-    names = list(dict.fromkeys(r["model"] for r in result["rows"]))
-    figure, axes = plt.subplots(len(names), 1, figsize=(9, 2.8 * len(names)), squeeze=False)
-    for axis, name in zip(axes.flat, names, strict=True):
-        rows = [r for r in result["rows"] if r["model"] == name]
+    models = by_model(result)
+    figure, axes = plt.subplots(len(models), 1, figsize=(9, 2.8 * len(models)), squeeze=False)
+    for axis, (name, rows) in zip(axes.flat, models.items(), strict=True):
         cases = list(dict.fromkeys(k for r in rows for k, v in r.items() if isinstance(v, dict) and "ms" in v))
+        base = next(r for r in rows if r["way"] == "bf16")
         width = 0.8 / len(rows)
         for i, r in enumerate(rows):
             places = [j + i * width for j in range(len(cases))]
-            heights = [r.get(c, {}).get("ms", 0.0) for c in cases]
+            heights = [base[c]["ms"] / r[c]["ms"] if "ms" in r.get(c, {}) else 0.0 for c in cases]
             axis.bar(places, heights, width, label=r["way"])
+        axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set_xticks([j + 0.4 - width / 2 for j in range(len(cases))], cases)
-        axis.set_yscale("log")
-        axis.set_ylabel("ms")
+        axis.set_ylabel("times as fast as bf16")
         axis.set_title(name, fontsize=10)
         axis.legend(fontsize=7, ncols=2)
     _save(figure, path)
@@ -170,13 +176,14 @@ def _save(figure: Any, path: Path) -> None:
     print(path)
 
 
-def put(page: str, lines: list[str]) -> str:
+def put(page: str, what: str, lines: list[str]) -> str:
     """The page with these lines between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
+    begin, end = f"<!-- {what}: begin -->", f"<!-- {what}: end -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"plots: the page has no {BEGIN} ... {END}")
-    return before + "\n".join([BEGIN, *lines, ""]) + END + after
+        raise SystemExit(f"plots: the page has no {begin} ... {end}")
+    return before + "\n".join([begin, *lines, ""]) + end + after
 
 
 def main() -> None:
@@ -188,21 +195,22 @@ def main() -> None:
     ap.add_argument("--out", type=Path, help="folder of the figures")
     ap.add_argument("--markdown", type=Path, help="write the tables into this page")
     a = ap.parse_args()
-    lines: list[str] = []
+    parts: dict[str, list[str]] = {}
     if a.kernels.exists():
         environment, results = read(a.kernels)
-        lines += [conditions(environment), *op_tables(results)]
+        parts["kernels"] = [conditions(environment), *op_tables(results)]
         if a.out:
             draw_kernels(results, a.shape, a.out / "kernels.svg")
     if a.model.exists():
         result = json.loads(a.model.read_text())
-        lines += ["", conditions(result), *model_tables(result)]
+        parts["models"] = [conditions(result), *model_tables(result)]
         if a.out:
             draw_models(result, a.out / "models.svg")
-    if a.markdown:
-        a.markdown.write_text(put(a.markdown.read_text(), lines))
-    else:
-        print("\n".join(lines))
+    for what, lines in parts.items():
+        if a.markdown:
+            a.markdown.write_text(put(a.markdown.read_text(), what, lines))
+        else:
+            print("\n".join(lines))
 
 
 if __name__ == "__main__":

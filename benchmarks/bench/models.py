@@ -109,8 +109,15 @@ def compiled(model: nn.Module, scope: str, settings: dict[str, Any] | None = Non
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, tied ones once."""
-    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
-    return sum(tensors.values())
+    own = [t for p in [*model.parameters(), *model.buffers()] for t in _inside(p)]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in own}.values())
+
+
+def _inside(t: Tensor) -> list[Tensor]:
+    """The tensors that a tensor of another library's class is made of, or the tensor itself."""
+    if not hasattr(t, "__tensor_flatten__"):
+        return [t]
+    return [x for name in t.__tensor_flatten__()[0] for x in _inside(getattr(t, name))]
 
 
 def free() -> None:
