@@ -137,6 +137,10 @@ class Backend:
     floats: dict[str, str] = field(default_factory=dict)
     rewrites: list[list[Rewritten]] = field(default_factory=list)
 
+    _slots: list[Slot] = field(default_factory=list, repr=False)
+    _reads: list[weakref.ref[Tensor]] = field(default_factory=list, repr=False)
+    """Parameters that graphs read as they are."""
+
     __name__ = "qfx"  # what Dynamo calls it in messages
 
     def __post_init__(self) -> None:
@@ -187,6 +191,8 @@ class Backend:
                 weights = self._rewrite(traced, examples)
             rewritten, kept = finish(traced, gm, codes_of(weight.module for _, weight in weights))
         slots = [Slot(at, weight) for at, weight in weights]
+        self._slots += slots
+        self._reads += [weakref.ref(examples[i]) for i in kept if isinstance(examples[i], nn.Parameter)]
         codes = [fake(t) for slot in slots for t in slot.weight.tensors]
         inner = self._compile(rewritten, [*(examples[i] for i in kept), *codes])
         only = [(at, weakref.ref(examples[at])) for at in traced.positions.values()] if self._names_layers else []
@@ -199,6 +205,22 @@ class Backend:
             return inner(*[inputs[i] for i in kept], *stored)
 
         return run
+
+    def release(self) -> int:
+        """Frees the float values of the matrices that were quantized and that no compiled graph reads.
+
+        For a model that is called through `torch.compile` alone from here on: each such parameter keeps its shape and
+        dtype over one element, which is NaN, so that whatever else reads it is seen. A graph is compiled once more
+        when it is called next, since strides are not what they were, and reads the same codes.
+
+        Returns:
+            Bytes that the parameters gave back; 0 before the first call.
+        """
+        read = {id(p) for reference in self._reads if (p := reference()) is not None}
+        freed = 0
+        for weight in {id(slot.weight): slot.weight for slot in self._slots}.values():
+            freed += weight.release(read)
+        return freed
 
     @property
     def _names_layers(self) -> bool:

@@ -76,6 +76,17 @@ class CalibratedBackend(Backend):
                 "backend: choose one of calibration=batches, calibrate=N, and a model or folder that is quantized"
             )
 
+    def release(self) -> int:
+        """Refused: a solution is compared with the model's own weights.
+
+        Raises:
+            QfxError: always.
+        """
+        raise QfxError(
+            "backend: a solution is one of the model's weights, and is compared with them; to hold no float weights, "
+            "compile what qfx.quantize returns"
+        )
+
     @property
     def pending(self) -> int:
         """How many calls are still to be recorded before the model is quantized."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,18 @@ class Weight:
             reference() is p and version == p._version and address == p.data_ptr()
             for (reference, version, address), p in zip(self._seen, parameters, strict=True)
         )
+
+    def release(self, read: Collection[int]) -> int:
+        """Leaves one element, NaN, of each of its matrices whose `id` is not in `read`; returns the bytes freed."""
+        freed, parameters = 0, [reference() for reference, *_ in self._seen]
+        if any(p is None for p in parameters):
+            return 0
+        for p in parameters:
+            if p.dim() > 1 and id(p) not in read and any(p.stride()):
+                freed += p.numel() * p.element_size()
+                p.data = torch.full([1] * p.dim(), torch.nan, dtype=p.dtype, device=p.device).expand(p.shape)
+        self.watch(parameters)
+        return freed
 
     def check(self, parameters: Sequence[Tensor]) -> None:
         """Quantizes its own parameters anew if one was written to."""
