@@ -24,7 +24,7 @@ from qfx.passes.discover.dynamo import Traced, compiled_model, trace
 from qfx.passes.discover.linears import find_linears
 from qfx.passes.discover.plan import make_plan
 from qfx.passes.lower._rewrite import Rewritten
-from qfx.passes.lower.graph import by_op, form_of, plain_bias, put_module
+from qfx.passes.lower.graph import by_op, form_of, lacks_kernel, plain_bias, put_module
 from qfx.passes.lower.merge import merge_linears
 
 from ._handover import calls_quantized, codes_of, fake, finish, fuse
@@ -337,6 +337,13 @@ def _check_quantized(model: nn.Module | None) -> None:
         raise RecipeError(
             f"backend: no recipe, and this {type(model).__name__} is not quantized; write torch.compile(..., "
             "options={'recipe': 'W8A8'}), or compile what qfx.quantize returns"
+        )
+    if slow := [m for m in quantized if isinstance(m, QLinear) and lacks_kernel(m)]:
+        warnings.warn(
+            f"qfx: {len(slow)} of the model's linears are on a GPU, and are not in the layout of its kernels; they run "
+            "in plain PyTorch. Call qfx.lower(model) before it is compiled",
+            RuntimeWarning,
+            stacklevel=2,
         )
 
 

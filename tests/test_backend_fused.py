@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import qfx
 from qfx.backend import Backend
 from qfx.core.errors import RecipeError
 from qfx.lowering import inductor_pass
+from qfx.modules.linear import QLinear
 from qfx.passes.lower import graph as lower_graph
 from qfx.watched import WEIGHTS
 from tests.test_backend import Branching, Feeds, Stack, quantized, same, times_made, unfused
@@ -353,3 +355,19 @@ def test_inductor_refuses_options_that_it_does_not_know() -> None:
     fast = functools.partial(torch.compile, Branching(asks=False).eval())
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no_such_option"):
         fast(backend=qfx.backend(ALL, then_options={"no_such_option": True}))(torch.randn(2, 64))
+
+
+def test_layers_on_a_gpu_without_a_kernel_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    feeds = {"x": torch.randn(4, 12, 64)}
+    for scheme, told in (("W4A16_G32", True), ("W8A8", False)):  # int8 is read as it is stored
+        torch._dynamo.reset()
+        q = qfx.quantize(Block().eval(), {"schemes": {"*": scheme}}, [feeds], progress=False)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.compile(q, backend=qfx.backend(then="eager"))(**feeds)
+            assert not [w for w in seen if "qfx.lower(model)" in str(w.message)]  # on a CPU there are no kernels
+            torch._dynamo.reset()
+            monkeypatch.setattr(QLinear, "device", torch.device("cuda"))
+            torch.compile(q, backend=qfx.backend(then="eager"))(**feeds)
+            monkeypatch.undo()
+        assert bool([w for w in seen if "3 of the model's linears are on a GPU" in str(w.message)]) == told

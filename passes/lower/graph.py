@@ -164,6 +164,13 @@ def fit_kernel(module: QLinear, device: torch.device) -> None:
                 module.use_kernel(kernel)
 
 
+def lacks_kernel(module: QLinear) -> bool:
+    """Whether a quantized linear on a CUDA device has its weight in another layout than its kernel reads."""
+    if module.device.type != "cuda" or not module.as_stored:
+        return False
+    return choose_kernel(module.scheme, module.in_features, module.out_features, module.has_g_idx)[0] in KERNELS
+
+
 def by_op(linear: Linear) -> bool:
     """Whether one op computes a linear: a plain product with a matrix."""
     experts, out, columns = linear.axes
