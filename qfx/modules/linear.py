@@ -26,6 +26,21 @@ from qfx.modules.kernels import KERNELS, Stored, choose_op
 from qfx.modules.state import BUFFERS, PREPARED, Part, load_weight, save_weight
 
 
+class ReadWeight(Tensor):
+    """What `weight` of a linear that quantizes its input reads as: the values, in a class of their own.
+
+    `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` compute in one op, in evaluation, which reads the weights
+    of their linears and leaves their `forward`, and so the input's rounding, out. They call the linears where a weight
+    is of a class with a `__torch_function__`. Whatever is computed of it is a plain tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Computes as if it were a plain tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 class QLinear(nn.Module):
     """`x @ W.T + b` with a quantized weight, and a quantized input if the scheme says so.
 
@@ -189,7 +204,10 @@ class QLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight `[out, in]` in `dtype`, for code that reads `weight.dtype`; computed each time."""
-        return self.dequantize().to(self.dtype)
+        weight = self.dequantize().to(self.dtype)
+        if self.scheme.input is None or type(weight) is not Tensor:  # a tensor without values, in a capture
+            return weight
+        return weight.as_subclass(ReadWeight)
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, float32 `[out, in]`."""

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import qfx
 from qfx.core.errors import KernelError
 from qfx.core.grid import E4M3, Codebook, Int
 from qfx.core.spec import QSpec, Scheme, parse_scheme
-from qfx.modules.linear import QLinear, choose_op
+from qfx.modules.linear import QLinear, ReadWeight, choose_op
 from tests.kernels.law import DTYPES, Case, make_case, quantize_weight, violation
 
 SCHEMES = {
@@ -251,3 +252,42 @@ def test_repr_says_what_it_is() -> None:
     text = repr(QLinear.empty(256, 20, parse_scheme("W4A16"), bias=False))
     assert text == "QLinear(in_features=256, out_features=20, bias=False, scheme=W4A16, op=wna16_linear)"
     assert "E4M3" not in repr(QLinear.empty(16, 2, Scheme(QSpec(E4M3), QSpec(E4M3, dynamic=True))))
+
+
+def encoder(norm_first: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    layer = nn.TransformerEncoderLayer(64, 4, 96, norm_first=norm_first, batch_first=True)
+    padding = torch.arange(9)[None] >= torch.tensor([9, 5, 7])[:, None]
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    return model, {"src": torch.randn(3, 9, 64), "src_key_padding_mask": padding}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@torch.no_grad()
+def test_fused_layers_of_torch_do_not_leave_the_inputs_rounding_out(
+    norm_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, feeds = encoder(norm_first)
+    q = qfx.quantize(model, {"schemes": {"*": "W8A8"}}, [feeds], progress=False)
+    keep = ~feeds["src_key_padding_mask"]
+    y = q(**feeds)[keep]
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    slow = q(**feeds)[keep]
+    assert (y - slow).abs().max() < 1e-5
+    monkeypatch.undo()
+    monkeypatch.setattr(QLinear, "weight", property(QLinear.dequantize))  # as torch would find any other weight
+    assert (q(**feeds)[keep] - slow).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_weight_that_is_read_computes_plain_tensors() -> None:
+    def quantized(scheme: str) -> nn.Module:
+        model, feeds = nn.Sequential(nn.Linear(64, 48)), {"input": torch.randn(2, 64)}
+        return qfx.quantize(model, {"schemes": {"*": scheme}, "ignore": []}, [feeds], progress=False)
+
+    q = quantized("W8A8")
+    weight = q[0].weight
+    assert type(weight) is ReadWeight and weight.dtype == torch.float32 and weight.shape == (48, 64)
+    made = weight @ weight.t(), weight.clone(), weight[:2], weight.to(torch.float16), torch.cat([weight, weight])
+    assert all(type(t) is torch.Tensor for t in made) and torch.equal(made[1], q[0].dequantize())
+    plain = quantized("W4A16_G32")
+    assert type(plain[0].weight) is torch.Tensor
