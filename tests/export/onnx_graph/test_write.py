@@ -134,7 +134,8 @@ def test_encoders_images_and_encoder_decoders(name: str, tmp_path: Path) -> None
     assert list(done.graphs[0].inputs) == inputs
     assert [g.file for g in done.graphs] == list(files)
     assert done.graphs[0].expected == files[done.graphs[0].file]
-    assert all(g.error is not None and g.error < 1e-5 for g in done.graphs)
+    # an input half way between two codes takes one or the other, by the CPU's order of sums; rounding is 1e-2
+    assert all(g.error is not None and g.error < 2e-3 for g in done.graphs)
     if name == "bart":
         assert list(done.graphs[1].inputs) == ["input_ids", "encoder_hidden_states", "encoder_attention_mask"]
 
