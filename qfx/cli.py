@@ -205,10 +205,10 @@ def explain(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder that qfx saved.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="A folder of a quantized model, also of other tools.", show_default=False)],
     verbose: Verbose = False,
 ) -> None:
-    """Print the report and the contents of a saved model, without loading its weights."""
+    """Print the report and the contents of a saved or exported model, without loading its weights."""
     with _errors():
         from .inspection import inspect as run
 

@@ -10,8 +10,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ._folder import open_folder
-from ._manifest import REPORT, Manifest, dtype_name
+from ._folder import EXPORTED, open_folder
+from ._inspect_exported import inspect_exported, inspect_foreign
+from ._manifest import CONFIG, MANIFEST, REPORT, Manifest, dtype_name
 from .core.errors import PackageError
 from .core.report import Report
 from .core.spec import scheme_label
@@ -20,12 +21,19 @@ from .report import add_row, human_size, new_table, render
 
 
 def inspect(folder: Path, verbose: bool = False) -> Group:
-    """The report and the manifest of a saved model; its weights are not read.
+    """The report and the manifest of a saved model, or what an export or another tool wrote; no weights are read.
 
     Raises:
-        PackageError: it is no folder of qfx, or a file is missing or has another size than it was saved with.
+        PackageError: it is no folder of a quantized model, or a file is missing or has another size than it was saved
+            with.
     """
+    from .export.checkpoints.reading import is_checkpoint
+
     try:
+        if not (folder / MANIFEST).is_file() and (folder / EXPORTED).is_file():
+            return inspect_exported(folder, verbose)
+        if (folder / CONFIG).is_file() and is_checkpoint(folder):
+            return inspect_foreign(folder, verbose)
         manifest = open_folder(folder, verify=False)
         report = Report.from_json((folder / REPORT).read_text(encoding="utf-8"))
     except PackageError as e:

@@ -157,6 +157,25 @@ def test_explain_solves_nothing(work: Path) -> None:
     assert "model.layers.1.mlp.down_proj" in passes("explain", work / "decoder", "-r", "w8a8", "--verbose").stdout
 
 
+def test_inspect_of_what_was_exported(work: Path, tmp_path: Path) -> None:
+    passes("export", work / "int8", "-o", tmp_path / "onnx")
+    shown = passes("inspect", tmp_path / "onnx").stdout
+    assert "ONNX in" in shown and "ort-cpu" in shown and "model.onnx" in shown and "14 of 15 linears" in shown
+    (tmp_path / "onnx" / "model.onnx").write_bytes(b"")
+    assert "model.onnx is truncated" in run("inspect", tmp_path / "onnx").stderr
+    args = ("-r", "w4a16", "--group-size", "32", "-o", tmp_path / "gptq", "--format", "gptq", *FAST)
+    passes("quantize", work / "decoder", *args)
+    shown = passes("inspect", tmp_path / "gptq").stdout
+    assert "gptq in" in shown and "W4A16" in shown and "model.safetensors" in shown
+    for name in ("qfx_quant.json", "report.json"):  # as if another tool had written it
+        (tmp_path / "gptq" / name).unlink()
+    shown = passes("inspect", tmp_path / "gptq").stdout
+    assert re.search(r"bits\s+4", shown) and re.search(r"I32\s+\S+\s+", shown) and "LlamaForCausalLM" in shown
+    assert "q_proj.qweight" not in shown and "q_proj.qweight" in passes("inspect", tmp_path / "gptq", "-v").stdout
+    (tmp_path / "gptq" / "model.safetensors").write_bytes(b"none")
+    assert "model.safetensors cannot be read" in run("inspect", tmp_path / "gptq").stderr
+
+
 def test_inspect_reads_no_weights(work: Path, tmp_path: Path) -> None:
     shown = passes("inspect", work / "int8").stdout
     assert "(14 of 15 linears)" in shown and "14 × W8A8" in shown and "input_ids [4, 16]" in shown
