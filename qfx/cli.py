@@ -205,7 +205,7 @@ def explain(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder of a quantized model, also of other tools.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="A folder of a quantized model.", show_default=False)],
     verbose: Verbose = False,
 ) -> None:
     """Print the report and the contents of a saved or exported model, without loading its weights."""
