@@ -110,7 +110,7 @@ def compiled(model: nn.Module, scope: str, settings: dict[str, Any] | None = Non
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, tied ones once."""
     own = [t for p in [*model.parameters(), *model.buffers()] for t in _inside(p)]
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in own}.values())
+    return sum({t.data_ptr(): min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in own}.values())
 
 
 def _inside(t: Tensor) -> list[Tensor]:

@@ -14,12 +14,13 @@ import qfx
 from bench import models, timing
 from bench.peers import library
 
-WAYS = ("bf16", "modules", "fused", "backend", "torchao")
+WAYS = ("bf16", "modules", "fused", "backend", "released", "torchao")
 HELP = """a way, and what follows its colon:
   bf16                  the float model under Inductor; bf16:max-autotune-no-cudagraphs and the like: a mode of it
   modules:SCHEME        layers replaced and lowered as qfx.quantize does, under Inductor
   fused:SCHEME          the same under torch.compile(backend="qfx"), which fuses norms and activations with codes
   backend:SCHEME        the float model under torch.compile(backend="qfx", options={"recipe": SCHEME})
+  released:SCHEME       the same, its float weights given back by `release()` after a first call
   torchao:int8|fp8|int4 torchao's layers under Inductor"""
 
 
@@ -81,6 +82,11 @@ class Variant:
         assert self.model is not None
         self._lower()
         forward = models.compiled(self.model, self.scope, self._settings())
+        if self.kind == "released":
+            models.decode_step(self.model, forward, 1).run()
+            self.row["freed"] = self.chosen.release()
+            models.free()
+            self.row["weights"] = models.stored_bytes(self.model)
         for batch in decode:
             case = f"decode {batch}"
             yield case, batch, partial(self._first, case, partial(models.decode_case, self.model, forward, batch))
@@ -98,7 +104,7 @@ class Variant:
 
     def _settings(self) -> dict[str, Any]:
         """Arguments of torch.compile."""
-        if self.kind == "backend":
+        if self.kind in ("backend", "released"):
             self.chosen = qfx.backend(self.option)
             return {"backend": self.chosen}
         if self.kind == "fused":
