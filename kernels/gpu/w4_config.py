@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Config:
     specialized: int = -1
 
 
+@lru_cache(4096)
 def default(tokens: int, rows: int, columns: int, dense: bool = False, crowded: bool = False) -> Config:
     """A rule for shapes that nobody has measured: about four programs on each of an H200's 132 multiprocessors.
 
