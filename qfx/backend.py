@@ -137,9 +137,10 @@ class Backend:
     floats: dict[str, str] = field(default_factory=dict)
     rewrites: list[list[Rewritten]] = field(default_factory=list)
 
-    _slots: list[Slot] = field(default_factory=list, repr=False)
-    _reads: list[weakref.ref[Tensor]] = field(default_factory=list, repr=False)
-    """Parameters that graphs read as they are."""
+    _weights: weakref.WeakSet[Weight] = field(default_factory=weakref.WeakSet, repr=False)
+    """Those that graphs have read."""
+    _reads: dict[int, weakref.ref[Tensor]] = field(default_factory=dict, repr=False)
+    """By id, matrices that graphs read as they are."""
 
     __name__ = "qfx"  # what Dynamo calls it in messages
 
@@ -191,8 +192,7 @@ class Backend:
                 weights = self._rewrite(traced, examples)
             rewritten, kept = finish(traced, gm, codes_of(weight.module for _, weight in weights))
         slots = [Slot(at, weight) for at, weight in weights]
-        self._slots += slots
-        self._reads += [weakref.ref(examples[i]) for i in kept if isinstance(examples[i], nn.Parameter)]
+        matrices = [i for i in kept if isinstance(examples[i], nn.Parameter) and examples[i].dim() > 1]
         codes = [fake(t) for slot in slots for t in slot.weight.tensors]
         inner = self._compile(rewritten, [*(examples[i] for i in kept), *codes])
         only = [(at, weakref.ref(examples[at])) for at in traced.positions.values()] if self._names_layers else []
@@ -202,6 +202,9 @@ class Backend:
                 if parameter() is not inputs[at]:
                     raise QfxError(SHARED)
             stored = [t for slot in slots for t in slot.tensors(inputs)]
+            if any(slot.weight not in self._weights for slot in slots):  # of this call's layer, if layers share it
+                self._weights.update(slot.weight for slot in slots)
+                self._reads |= {id(inputs[i]): weakref.ref(inputs[i]) for i in matrices}
             return inner(*[inputs[i] for i in kept], *stored)
 
         return run
@@ -216,11 +219,8 @@ class Backend:
         Returns:
             Bytes that the parameters gave back; 0 before the first call.
         """
-        read = {id(p) for reference in self._reads if (p := reference()) is not None}
-        freed = 0
-        for weight in {id(slot.weight): slot.weight for slot in self._slots}.values():
-            freed += weight.release(read)
-        return freed
+        read = {number for number, reference in self._reads.items() if reference() is not None}
+        return sum(weight.release(read) for weight in self._weights)
 
     @property
     def _names_layers(self) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,15 @@ if not torch.cuda.is_available():
 def seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """Nothing compiled before or left behind, and no gradients."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ import functools
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,12 +26,7 @@ Feeds = dict[str, Tensor]
 unfused = functools.partial(qfx.backend, fuse=False)  # as quantize to the last bit
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 def quantized(model: nn.Module, chosen: Backend, feeds: Feeds) -> nn.Module:

@@ -3,7 +3,7 @@
 import copy
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,7 @@ RECIPES: dict[str, Any] = {
 SMOOTH = "w8a8-smoothquant"
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 def quantized(model: nn.Module, recipe: Any, feeds: Feeds) -> nn.Module:

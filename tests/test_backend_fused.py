@@ -3,7 +3,7 @@
 import functools
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,13 +22,7 @@ from tests.zoo import ZOO
 from tests.zoo.captured import distance, floats
 from tests.zoo.codes import Codes, Difference, compare
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 def changed(chosen: Backend) -> dict[str, int]:

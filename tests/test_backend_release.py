@@ -1,7 +1,8 @@
 """`Backend.release`: float weights that no graph reads are given back, and whatever still reads them is seen."""
 
 import copy
-from collections.abc import Iterator
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,13 +13,7 @@ from qfx.core.errors import QfxError
 from tests.zoo import ZOO
 from tests.zoo.captured import floats
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("dynamo")
 
 
 def held(model: nn.Module) -> int:
@@ -76,6 +71,41 @@ def test_a_weight_that_a_graph_reads_stays() -> None:
     assert "out" in chosen.layers or "embed" in chosen.layers or "mid" in chosen.layers
     assert chosen.release() == model.mid.weight.numel() * 4
     assert bool(model.embed.weight.isfinite().all()) and torch.equal(fast(ids), y)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+def test_layers_that_share_a_graph_are_all_freed() -> None:
+    layers, x = [Layer().eval() for _ in range(3)], torch.randn(4, 64)
+    chosen = qfx.backend({"schemes": {"*": "W8A8"}, "ignore": []}, then="eager")
+    for layer in layers:
+        layer.compile(backend=chosen)
+    y = [layer(x) for layer in layers]
+    assert chosen.graphs == 1
+    assert chosen.release() == 3 * 64 * 64 * 4
+    assert all(torch.equal(a, layer(x)) for a, layer in zip(y, layers, strict=True)) and chosen.graphs == 2
+
+
+def test_a_backend_does_not_keep_the_codes_of_a_model_that_is_gone() -> None:
+    code = """
+import gc, torch, qfx, weakref
+torch.set_grad_enabled(False)
+model, chosen = torch.nn.Linear(64, 64), qfx.backend({"schemes": {"*": "W8A8"}, "ignore": []}, then="eager")
+torch.compile(model, backend=chosen)(torch.randn(4, 64))
+codes = [weakref.ref(weight) for weight in chosen._weights]
+del model
+torch._dynamo.reset()
+gc.collect()
+assert len(codes) == 1 and codes[0]() is None and chosen.release() == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)  # what pytest keeps of logs would keep the graph
 
 
 def test_a_solution_keeps_the_weights_that_it_is_of() -> None:
