@@ -41,7 +41,7 @@ def inspect_exported(folder: Path, verbose: bool) -> Group:
     for key, value in data.items():
         if key not in ("files", "kind", "format", "model") and value not in (None, "", [], {}):
             add_row(table, key.replace("_", " "), _said(value, verbose))
-    return Group(*parts, table, Text(), _files(files))
+    return Group(*parts, table, Text(), files_table(files))
 
 
 def inspect_foreign(folder: Path, verbose: bool) -> Group:
@@ -70,7 +70,8 @@ def _said(value: Any, verbose: bool) -> str:
     return str(value)
 
 
-def _files(files: Mapping[str, FileEntry]) -> Table:
+def files_table(files: Mapping[str, FileEntry]) -> Table:
+    """Size and hash of each file."""
     table = new_table("Files", "file", ">size", "sha256")
     for name, entry in files.items():
         add_row(table, name, human_size(entry.size), f"{entry.sha256[:16]}…")

@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ._folder import EXPORTED, open_folder
-from ._inspect_exported import inspect_exported, inspect_foreign
+from ._inspect_exported import files_table, inspect_exported, inspect_foreign
 from ._manifest import CONFIG, MANIFEST, REPORT, Manifest, dtype_name
 from .core.errors import PackageError
 from .core.report import Report
 from .core.spec import scheme_label
 from .recipes import PRESETS, Recipe, settings
-from .report import add_row, human_size, new_table, render
+from .report import add_row, new_table, render
 
 
 def inspect(folder: Path, verbose: bool = False) -> Group:
@@ -40,7 +40,13 @@ def inspect(folder: Path, verbose: bool = False) -> Group:
         raise PackageError(f"inspect: {folder}: {e}") from None
     except (OSError, ValueError) as e:
         raise PackageError(f"inspect: {folder}: {REPORT} cannot be read ({e}); save the model again") from None
-    parts: list[Any] = [render(report, verbose), Text(), _contents(folder, manifest), Text(), _files(manifest)]
+    parts: list[Any] = [
+        render(report, verbose),
+        Text(),
+        _contents(folder, manifest),
+        Text(),
+        files_table(manifest.files),
+    ]
     if verbose:
         parts += [Text(), _tensors(manifest)]
     return Group(*parts)
@@ -84,13 +90,6 @@ def _contents(folder: Path, manifest: Manifest) -> Table:
         add_row(table, "norms with an added bias", ", ".join(manifest.shifts))
     add_row(table, "captured with", ", ".join(f"{name} {shape}" for name, shape in manifest.example.items()))
     add_row(table, "written by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
-    return table
-
-
-def _files(manifest: Manifest) -> Table:
-    table = new_table("Files", "file", ">size", "sha256")
-    for name, entry in manifest.files.items():
-        add_row(table, name, human_size(entry.size), f"{entry.sha256[:16]}…")
     return table
 
 
