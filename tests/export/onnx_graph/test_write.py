@@ -134,8 +134,9 @@ def test_encoders_images_and_encoder_decoders(name: str, tmp_path: Path) -> None
     assert list(done.graphs[0].inputs) == inputs
     assert [g.file for g in done.graphs] == list(files)
     assert done.graphs[0].expected == files[done.graphs[0].file]
-    # an input half way between two codes takes one or the other, by the CPU's order of sums; rounding is 1e-2
-    assert all(g.error is not None and g.error < 2e-3 for g in done.graphs)
+    # in bart's decoder one input is half way between two codes, and the CPU's order of sums decides; rounding is 1e-2
+    bounds = {"decoder_model.onnx": 2e-3}
+    assert all(g.error is not None and g.error < bounds.get(g.file, 1e-5) for g in done.graphs)
     if name == "bart":
         assert list(done.graphs[1].inputs) == ["input_ids", "encoder_hidden_states", "encoder_attention_mask"]
 

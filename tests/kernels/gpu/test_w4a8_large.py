@@ -14,18 +14,14 @@ import pytest
 import torch
 
 from qfx.kernels import nibbles, w4a8_linear
-from qfx.kernels.gpu.launch import INTERPRET
 from qfx.kernels.quantize_rows import quantize_activation
+from tests.kernels.gpu.hopper import hopper_only
 from tests.kernels.gpu.test_w4 import group_of, prepared, worst
 from tests.kernels.law import make_case
 
 pytest.importorskip("triton.experimental.gluon")
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(INTERPRET or not HOPPER, reason="needs a GPU of compute capability 9.0"),
-]
+pytestmark = hopper_only
 
 SHAPES = [
     ((128,), 128, 256),
