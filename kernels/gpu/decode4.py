@@ -177,15 +177,27 @@ def decode(
     return a
 
 
-def _lookup(out: str, selector: str, table: list[int]) -> str:
-    """PTX: four bytes of a 16-byte table, chosen by the four nibbles in the low half of `selector`."""
+def _lookup(out: str, selector: str, mask: str, table: list[int]) -> str:
+    """PTX: four bytes of a 16-byte table.
+
+    The four lowest nibbles of `selector` say which of its lower half, or of its upper half where `mask` is 0xff.
+    """
     t0, t1, t2, t3 = (f"0x{t:08x}" for t in table)
     return (
-        f"and.b32 s, {selector}, 0x7777; mov.b32 u, {t1}; mov.b32 v, {t3};"
-        f"mov.b32 p, {t0}; prmt.b32 p, p, u, s; mov.b32 q, {t2}; prmt.b32 q, q, v, s;"
-        # bit 3 of each nibble says which half of the table it meant: 0 or 1 picks byte 0x00 or 0xff of the constant
-        f"shr.u32 s, {selector}, 3; and.b32 s, s, 0x1111; mov.b32 u, 0x0000ff00; prmt.b32 s, u, u, s;"
-        f"lop3.b32 {out}, s, q, p, 0xCA;"
+        f"mov.b32 u, {t1}; mov.b32 v, {t3}; mov.b32 p, {t0}; prmt.b32 p, p, u, {selector};"
+        f"mov.b32 q, {t2}; prmt.b32 q, q, v, {selector}; lop3.b32 {out}, {mask}, q, p, 0xCA;"
+    )
+
+
+def _selectors(words: str) -> str:
+    """PTX: s and r, the lower three bits of nibbles 0 to 3 and 4 to 7; n and m, bytes of 0xff where the fourth is set.
+
+    A selector of 8 and more gives a byte's sign bit eight times: the fourth bit of an odd nibble is one, and shifted by
+    four bits that of an even nibble is.
+    """
+    return (
+        f"shl.b32 t, {words}, 4; and.b32 s, {words}, 0x77777777; shr.u32 r, s, 16;"
+        f"prmt.b32 n, t, {words}, 0xd9c8; prmt.b32 m, t, {words}, 0xfbea;"
     )
 
 
@@ -196,18 +208,18 @@ def _bytes_to_words(values: list[int]) -> list[int]:
 def table8_asm(table: tuple[int, ...]) -> str:
     """PTX of `table_to_float8` for 16 bytes."""
     entries = _bytes_to_words(list(table))
-    body = _lookup("$0", "$2", entries) + "shr.u32 r, $2, 16;" + _lookup("$1", "r", entries)
-    return "{ .reg .b32 p, q, r, s, u, v;" + body + "}"
+    body = _selectors("$2") + _lookup("$0", "s", "n", entries) + _lookup("$1", "r", "m", entries)
+    return "{ .reg .b32 m, n, p, q, r, s, t, u, v;" + body + "}"
 
 
 def table16_asm(table: tuple[int, ...]) -> str:
     """PTX of `table_to_float` for 16 halfwords."""
     low, high = _bytes_to_words([t & 255 for t in table]), _bytes_to_words([t >> 8 for t in table])
-    body = ""
-    for selector, first, second in (("$4", "$0", "$1"), ("r", "$2", "$3")):
-        body += _lookup("l", selector, low) + _lookup("h", selector, high)
-        body += f"prmt.b32 {first}, l, h, 0x5140; prmt.b32 {second}, l, h, 0x7362; shr.u32 r, $4, 16;"
-    return "{ .reg .b32 h, l, p, q, r, s, u, v;" + body + "}"
+    body = _selectors("$4")
+    for selector, mask, first, second in (("s", "n", "$0", "$1"), ("r", "m", "$2", "$3")):
+        body += _lookup("l", selector, mask, low) + _lookup("h", selector, mask, high)
+        body += f"prmt.b32 {first}, l, h, 0x5140; prmt.b32 {second}, l, h, 0x7362;"
+    return "{ .reg .b32 h, l, m, n, p, q, r, s, t, u, v;" + body + "}"
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,9 @@ def w4(
         if config.specialized >= 0:
             _run_specialized(config, x, x_scale, words.view(torch.uint8), scale, zero, bias, y, rows, group, decoder)
             return
+        if config.direct:
+            _run_direct(config, x, x_scale, tiles, scale, zero, bias, y, rows, group, decoder, flags)
+            return
         if config.shared:
             shape = config.warps, config.bn, config.stages, config.registers
             even = columns % (128 * config.warps) == 0
@@ -318,8 +321,8 @@ def w4(
             tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
         )  # fmt: skip
 
-    # float8 weights are as many bytes as int8 ones, and nearly as many instructions
-    kind = "int4_int8" if decoder is INT4_TO_E4M3 else decoder.kind
+    # float8 weights are as many bytes as int8 ones, and nearly as many instructions, but in `w4_direct`
+    kind = "int4_int8" if decoder is INT4_TO_E4M3 and tokens > 8 else decoder.kind
     key = (kind, group, f"{rows}x{columns}", bucket(tokens))
     dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
 
@@ -327,9 +330,11 @@ def w4(
         known = decoder.kind in ("int4", "table", "int4_int8") or decoder is INT4_TO_E4M3
         return capable == 90 and known and _takes_specialized(x, rows, group, zero, dtype)
 
-    rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"))
-    config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense, hopper()), run, words)
-    if (config.shared and not w4_few.takes(tokens, group)) or (config.specialized >= 0 and not hopper()):
+    direct = tokens <= 8 and not INTERPRET and _takes_direct(tokens, group, decoder)
+    rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"), direct)
+    config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense, hopper(), direct), run, words)
+    unfit = (config.shared and not w4_few.takes(tokens, group)) or (config.specialized >= 0 and not hopper())
+    if unfit or (config.direct and not direct):
         config = rule  # of a table that was made for another number of tokens, or another group
     chosen = config, decoder
     config = _fitting.get(chosen, config)
@@ -344,6 +349,40 @@ def w4(
 
 
 _fitting: dict[tuple[Config, Decoder], Config] = {}
+
+
+@cache
+def _takes_direct(tokens: int, group: int, decoder: Decoder) -> bool:
+    try:
+        from qfx.kernels.gpu import w4_direct
+    except ImportError:  # a Triton without Gluon, or with another one
+        return False
+    return w4_direct.takes(tokens, group, decoder)
+
+
+def _run_direct(
+    config: Config,
+    x: Tensor,
+    x_scale: Tensor | None,
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    rows: int,
+    group: int,
+    decoder: Decoder,
+    flags: tuple[bool, bool, bool, bool],
+) -> None:
+    from qfx.kernels.gpu import w4_direct  # needs Gluon
+
+    tokens, columns = x.shape
+    shape = config.warps, config.unroll, config.bn, config.stages > 1, config.registers
+    even = columns % (128 * config.warps * config.unroll) == 0
+    w4_direct.launcher(shape, decoder, group, (*flags, even), capability(x.device) >= 90)(
+        (-(-rows // config.bn), 1, 1), x, x_scale, tiles.view(torch.int32), scale, zero, bias, y,
+        tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
+    )  # fmt: skip
 
 
 def _takes_specialized(x: Tensor, rows: int, group: int, zero: Tensor | None, dtype: torch.dtype) -> bool:

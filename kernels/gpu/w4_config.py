@@ -21,6 +21,7 @@ class Config:
         registers: limit for a thread, so that more programs fit; 0 for none.
         chunk: if not 0, nothing of this: so many rows at a time are dequantized, and multiplied by cuBLAS.
         shared: whether the warps of a program share its columns instead of its rows (`w4_few`).
+        direct: the same without shared memory (`w4_direct`); `stages` above 1: one step's codes are loaded ahead.
         specialized: not below 0 for `w4_large`, or `w4a8_large` for activations of 8 bits, with so many programs, or
             one on each multiprocessor; a split of 1 means whole tiles only. Of the other fields these take `tokens`,
             `bt`, `stages`, and the first one `bn`.
@@ -37,14 +38,22 @@ class Config:
     chunk: int = 0
     shared: bool = False
     specialized: int = -1
+    direct: bool = False
 
 
 @lru_cache(4096)
-def default(tokens: int, rows: int, columns: int, dense: bool = False, crowded: bool = False) -> Config:
+def default(
+    tokens: int, rows: int, columns: int, dense: bool = False, crowded: bool = False, direct: bool = False
+) -> Config:
     """A rule for shapes that nobody has measured: about four programs on each of an H200's 132 multiprocessors.
 
-    `crowded`: decoding leaves no registers for the sums of 128 tokens.
+    `crowded`: decoding leaves no registers for the sums of 128 tokens; `direct`: `w4_direct` takes it.
     """
+    if direct:
+        if rows >= 16384:
+            return Config(32, 8, 1, 4, 1, direct=True)
+        warps = 4 if rows > 4096 and columns <= 8192 else 8 if rows * 2 > columns else 16
+        return Config(16, 8, 1, warps, 2, unroll=2 if warps < 16 else 1, direct=True)
     if dense and tokens > 512:
         return Config(0, 0, 1, 0, 0, chunk=2048)
     if 32 < tokens <= 64:
@@ -55,9 +64,16 @@ def default(tokens: int, rows: int, columns: int, dense: bool = False, crowded: 
     return Config(64, 16 if tokens <= 16 else 32, split, 4, 4)
 
 
-def candidates(tokens: int, rows: int, columns: int, dense: bool = False, hopper: bool = False) -> list[Config]:
-    """What `autotune` tries; `dense`: cuBLAS could multiply, too; `hopper`: so could `w4_large` or `w4a8_large`."""
+def candidates(
+    tokens: int, rows: int, columns: int, dense: bool = False, hopper: bool = False, direct: bool = False
+) -> list[Config]:
+    """What `autotune` tries.
+
+    `dense`: cuBLAS could multiply, too; `hopper`: so could `w4_large` or `w4a8_large`; `direct`: `w4_direct`.
+    """
     blocks = -(-columns // 128)
+    if direct:  # never slower than the others where it was measured
+        return _direct(blocks)
     found = []
     if hopper and not dense and tokens > 64:
         shares = ((1, 0, 8), (2, 0, 8), (2, 0, 16), (2, 128, 8))  # split, programs, token tiles
@@ -98,4 +114,15 @@ def candidates(tokens: int, rows: int, columns: int, dense: bool = False, hopper
                     found.append(Config(128, bt, common[0], 8, 3, common[1], 1, 128))
                     found.append(Config(64, bt, common[0], 4, 3, common[1], 2))
                     found.append(Config(256, bt, common[0], 8, 3, common[1]))
+    return found
+
+
+def _direct(blocks: int) -> list[Config]:
+    found = [Config(rows, 8, 1, 4, 1, 1, 1, 64, direct=True) for rows in (16, 32)]
+    for warps in (4, 8, 16):
+        for unroll, rows, stages in (
+            (1, 16, 1), (1, 16, 2), (2, 16, 1), (2, 16, 2), (4, 16, 1), (4, 16, 2), (1, 32, 1), (1, 32, 2), (2, 32, 1),
+        ):  # fmt: skip
+            if warps * unroll <= blocks:
+                found.append(Config(rows, 8, 1, warps, stages, 1, unroll, direct=True))
     return found

@@ -54,6 +54,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
 SIDE = 4096
 SHARING = w4_module.Config(16, 8, 1, 8, 3, shared=True)
+DIRECT = w4_module.Config(16, 8, 1, 4, 2, unroll=2, direct=True)
+DIRECT_32 = w4_module.Config(32, 8, 1, 4, 1, registers=64, direct=True)
 
 
 def w4(
@@ -161,6 +163,11 @@ def cases(capability: int) -> dict[str, Callable[[], None]]:
         "w4 shared int2 bf16 g128, 1": lambda: w4(1, 128, BF16, config=SHARING, bits=2),
         "w4 shared nf4 bf16 g128, 8": lambda: w4(8, 128, BF16, table="nf4", config=SHARING),
         "w4 shared int4_int8 g128, 1": lambda: w4(1, 128, INT8, config=SHARING),
+        "w4 direct int4 bf16 g128, 1": lambda: w4(1, 128, BF16, config=DIRECT_32),
+        "w4 direct int4 f16 g32 zero, 8": lambda: w4(8, 32, F16, zero=True, out=F16, config=DIRECT),
+        "w4 direct int4_int8 g128 zero, 8": lambda: w4(8, 128, INT8, zero=True, config=DIRECT),
+        "w4 direct int4_int8 channel, 1": lambda: w4(1, -1, INT8, config=DIRECT),
+        "w4 direct nf4 bf16 g64, 1": lambda: w4(1, 64, BF16, table="nf4", config=DIRECT),
         "dequantize4 int4 g128": lambda: dequantize(128, zero=True),
         "dequantize4 nf4 g64": lambda: dequantize(64, table="nf4"),
         "gemm8 int8, 1": lambda: g8(1, INT8),
