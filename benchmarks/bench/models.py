@@ -62,11 +62,11 @@ def build(name: str, layers: int | None, device: str) -> nn.Module:
     return model.to(device).eval()
 
 
-def quantize(model: nn.Module, scheme_name: str) -> int:
-    """Replaces all linears but the output head by quantized ones, one at a time; returns how many."""
+def quantize(model: nn.Module, scheme_name: str, head: bool = False) -> int:
+    """Replaces all linears, but the output head without `head`, by quantized ones, one at a time; returns how many."""
     scheme = parse_scheme(scheme_name)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    kept = None if head else model.get_output_embeddings()  # type: ignore[operator]
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and m is not kept]
     for name in names:  # names only: a list of modules would keep the old weights
         linear = model.get_submodule(name)
         weight = linear.weight.detach()

@@ -6,6 +6,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from bench.cases import Linear, MakeLinear, Missing, Tensors
 GROUP = 128
 BIG = (8192, 8192)
 """Where peers are measured that compile or tune for each shape."""
+GEMLITE = ((4096, 4096), (28672, 4096), (4096, 14336))
+"""Where gemlite ships its own measurements (of H100s), so that it need not tune."""
 MOST = 1 << 30
 
 
@@ -145,6 +148,7 @@ def mslk(kind: str) -> MakeLinear:
 def gemlite(kind: str) -> MakeLinear:
     def make(w: Tensor) -> Linear:
         lib, helper = library("gemlite"), library("gemlite.helper")
+        shipped_table(lib)
         quick_autotune()
         settings = {"device": "cuda", "dtype": torch.bfloat16}
         if kind == "a16w4":
@@ -162,6 +166,13 @@ def gemlite(kind: str) -> MakeLinear:
         return Linear(weights, lambda x, v: lib.forward_functional(x[0], None, list(v), meta))
 
     return make
+
+
+@functools.cache
+def shipped_table(lib: Any) -> None:
+    """gemlite's own measurements for the H100 serve the H200 too, whose name it does not know; same multiprocessors."""
+    if torch.cuda.get_device_capability() == (9, 0) and "h100" not in torch.cuda.get_device_name().lower():
+        lib.GemLiteLinear.load_config(str(Path(lib.__file__).parent / "configs" / "h100.json"))
 
 
 COMPILE_ONLY = False
@@ -241,9 +252,9 @@ PEERS: dict[str, Peer] = {
     "MSLK f8i4": Peer("w4a8 gemm", mslk("f8i4")),
     "bitsandbytes NF4": Peer("nf4", bitsandbytes_nf4),
     "bitsandbytes LLM.int8": Peer("llm.int8", bitsandbytes_int8, (BIG,), (16, 256, 2048)),
-    "gemlite A16W4": Peer("w4a16", gemlite("a16w4"), (BIG, (4096, 4096)), (1, 16, 64, 256)),
-    "gemlite A8W8 int8": Peer("int8 linear", gemlite("int8"), (BIG,), COMPILED),
-    "gemlite A8W8 fp8": Peer("fp8 linear", gemlite("fp8"), (BIG,), COMPILED),
+    "gemlite A16W4": Peer("w4a16", gemlite("a16w4"), GEMLITE, (1, 16, 64, 256, 2048)),
+    "gemlite A8W8 int8": Peer("int8 linear", gemlite("int8"), GEMLITE, COMPILED),
+    "gemlite A8W8 fp8": Peer("fp8 linear", gemlite("fp8"), GEMLITE[:1], COMPILED),
     "torch.compile int8": Peer("int8 linear", dynamic(int8_rows, _int8_dynamic, True), (BIG,), COMPILED),
     "torch.compile fp8": Peer("fp8 linear", dynamic(fp8_rows, _fp8_dynamic, True), (BIG,), COMPILED),
     "torchao int8": Peer("int8 linear", torchao("int8"), (BIG,), COMPILED),

@@ -21,7 +21,8 @@ HELP = """a way, and what follows its colon:
   fused:SCHEME          the same under torch.compile(backend="qfx"), which fuses norms and activations with codes
   backend:SCHEME        the float model under torch.compile(backend="qfx", options={"recipe": SCHEME})
   released:SCHEME       the same, its float weights given back by `release()` after a first call
-  torchao:int8|fp8|int4 torchao's layers under Inductor"""
+  torchao:int8|fp8|int4 torchao's layers under Inductor
+with +head behind a scheme, as in fused:W4A16+head, the output head is quantized too"""
 
 
 class Variant:
@@ -40,7 +41,8 @@ class Variant:
 
     def __init__(self, name: str, way: str, layers: int | None, scope: str, device: str) -> None:
         self.name, self.way, self.layers, self.scope, self.device = name, way, layers, scope, device
-        self.kind, _, self.option = way.partition(":")
+        self.kind, _, option = way.partition(":")
+        self.option, self.head = option.removesuffix("+head"), option.endswith("+head")
         if self.kind not in WAYS:
             raise SystemExit(f"model: no way {way!r}; use {HELP}")
         self.row: dict[str, Any] = {"model": name, "way": way, "scope": scope, "layers": layers, "first": {}}
@@ -51,9 +53,9 @@ class Variant:
         began = time.perf_counter()
         model = models.build(self.name, self.layers, self.device)
         if self.kind in ("modules", "fused"):
-            models.quantize(model, self.option)
+            models.quantize(model, self.option, self.head)
         elif self.kind == "torchao":
-            _torchao(model, self.option)
+            _torchao(model, self.option, self.head)
         models.free()
         self.row |= {"weights": models.stored_bytes(model), "seconds": time.perf_counter() - began}
         self.model = model
@@ -105,11 +107,11 @@ class Variant:
     def _settings(self) -> dict[str, Any]:
         """Arguments of torch.compile."""
         if self.kind in ("backend", "released"):
-            self.chosen = qfx.backend(self.option)
+            self.chosen = qfx.backend({"schemes": {"*": self.option}} if self.head else self.option)
             return {"backend": self.chosen}
         if self.kind == "fused":
             return {"backend": "qfx"}
-        if self.way == "torchao:int8":  # one of the settings that torchao would make for all of the process
+        if self.kind == "torchao" and self.option == "int8":  # a setting that torchao would make for all of the process
             return {"options": {"force_fuse_int_mm_with_mul": True}}
         return {"mode": self.option} if self.kind == "bf16" and self.option else {}
 
@@ -123,7 +125,7 @@ def measured(made: models.Prepared, tokens: int) -> dict[str, Any]:
     return {"ms": ms, "low": taken.low / 1e3, "high": taken.high / 1e3, **rate}
 
 
-def _torchao(model: nn.Module, kind: str) -> None:
+def _torchao(model: nn.Module, kind: str, head: bool) -> None:
     """Torchao's own replacement of the same linears, without what it sets for Inductor as a whole."""
     quantization = library("torchao.quantization")
     if kind == "int8":
@@ -136,5 +138,5 @@ def _torchao(model: nn.Module, kind: str) -> None:
         config = quantization.Int4WeightOnlyConfig(
             group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
         )
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    quantization.quantize_(model, config, lambda m, _: isinstance(m, nn.Linear) and m is not head)
+    kept = None if head else model.get_output_embeddings()  # type: ignore[operator]
+    quantization.quantize_(model, config, lambda m, _: isinstance(m, nn.Linear) and m is not kept)
