@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
 
 from qfx.core.graph import layer_path
 from qfx.core.report import Miss
@@ -21,6 +24,11 @@ _VIEWS = {
     *(aten.alias.default, aten.detach.default, aten.flatten.using_ints, aten.unflatten.int, aten.sym_size.int),
 }
 _WRITTEN = "qfx_written"
+SHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+"""Ops that give a value another shape, and nothing else."""
+
+Report = Callable[[fx.Node, str], None]
+"""Takes a place that a rewrite left, and why."""
 
 
 @dataclass
@@ -72,12 +80,16 @@ def alike(a: Any, b: Any) -> bool:
     return x is not None and y is not None and x.dtype == y.dtype and list(map(str, x.shape)) == list(map(str, y.shape))
 
 
-def emit(graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node) -> fx.Node:
+def emit(
+    graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node, kwargs: Mapping[str, Any] | None = None
+) -> fx.Node:
     """Puts in a call at the graph's insertion point; it belongs to the module in which `like` was computed."""
-    node = graph.call_function(target, tuple(args))
+    node = graph.call_function(target, tuple(args), dict(kwargs or {}))
     node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
-    vals = fx.map_arg(node.args, lambda n: n.meta.get("val"))
-    node.meta["val"] = target(*vals)
+    vals, named = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    mode = next((v.fake_mode for v in pytree.tree_leaves((vals, named)) if isinstance(v, FakeTensor)), None)
+    with mode or contextlib.nullcontext():  # some ops make tensors of their own
+        node.meta["val"] = target(*vals, **named)
     return node
 
 
@@ -86,21 +98,30 @@ def part(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     return emit(graph, operator.getitem, (node, index), node)
 
 
-def mark_writes(graph: fx.Graph) -> None:
-    """Marks values whose memory some op writes to, such as a cache: what reads them may not move."""
+def find_writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each value whose memory some op writes to, such as a cache: these ops, in the graph's order."""
     memory: dict[fx.Node, fx.Node] = {}
-    written: set[fx.Node] = set()
+    attributes: dict[Any, fx.Node] = {}
+    writers: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        views = node.target is operator.getitem or (schema and any(r.alias_info for r in schema.returns))
+        views = is_call(node, operator.getitem, aten._unsafe_view.default)  # their schemas do not say so
+        views |= bool(schema and any(r.alias_info for r in schema.returns))
         source = node.args[0] if views and node.args else None
-        memory[node] = memory[source] if isinstance(source, fx.Node) else node
-        for argument, given in zip(schema.arguments, node.args, strict=False) if schema else ():
-            if argument.is_write:
-                fx.map_arg(given, lambda n: written.add(memory[n]))
-    for node in graph.nodes:
-        if memory[node] in written:
-            node.meta[_WRITTEN] = True
+        own = attributes.setdefault(node.target, node) if node.op == "get_attr" else node
+        memory[node] = memory[source] if isinstance(source, fx.Node) else own
+        given = arguments(node) if schema else {}
+        for argument in schema.arguments if schema else ():
+            for target in pytree.tree_leaves(given[argument.name]) if argument.is_write else ():
+                if isinstance(target, fx.Node):
+                    writers.setdefault(memory[target], []).append(node)
+    return {node: writers[owner] for node, owner in memory.items() if owner in writers}
+
+
+def mark_writes(graph: fx.Graph) -> None:
+    """Marks values whose memory some op writes to: what reads them may not move."""
+    for node in find_writes(graph):
+        node.meta[_WRITTEN] = True
 
 
 def is_written(node: Any) -> bool:
@@ -140,6 +161,16 @@ def drop(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
         waiting += node.all_input_nodes
         graph.erase_node(node)
         gone.add(node)
+
+
+def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    """What reads one node reads another that computes the same, and what writes to it writes there."""
+    if is_written(old):
+        new.meta[_WRITTEN] = True
+    old.replace_all_uses_with(new)
+    sources = old.all_input_nodes
+    graph.erase_node(old)  # also one that counts as an effect, since it may draw random numbers
+    drop(graph, sources)
 
 
 def hoist(node: Any, before: fx.Node) -> None:

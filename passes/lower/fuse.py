@@ -25,8 +25,11 @@ from qfx.kernels import (  # noqa: F401 (their import registers the ops)
     w4a8_linear,
 )
 from qfx.passes.lower._activations import activation_of, find_activation
+from qfx.passes.lower._attention import share_heads
 from qfx.passes.lower._norms import Norm, find_norms
 from qfx.passes.lower._rewrite import (
+    SHAPES,
+    Report,
     Rewritten,
     alike,
     arguments,
@@ -39,6 +42,7 @@ from qfx.passes.lower._rewrite import (
     mark_writes,
     op_name,
     part,
+    replace,
     sole_user,
     value,
     where,
@@ -51,10 +55,7 @@ HADAMARD = ops.hadamard.default
 GEMMS = {ops.int8_linear.default: ops.int8_gemm.default, ops.fp8_linear.default: ops.fp8_gemm.default}
 
 LINEARS = (*GEMMS, ops.w4a8_linear.default)
-SHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 WRITTEN = "the model writes into its input, in place"
-
-Report = Callable[[fx.Node, str], None]
 
 
 def keep_shape(graph: fx.Graph, miss: Report) -> int:
@@ -74,7 +75,7 @@ def keep_shape(graph: fx.Graph, miss: Report) -> int:
             continue
         with graph.inserting_before(node):
             whole = emit(graph, node.target, (x, *node.args[1:]), node)
-        _replace(graph, shaped, whole)
+        replace(graph, shaped, whole)
         done += 1
     return done
 
@@ -103,7 +104,7 @@ def quantize_apart(graph: fx.Graph, miss: Report) -> int:
                 codes, scale = part(graph, quantized, 0), part(graph, quantized, 1)
                 weight = a["codes"], a["w_scale"], a["bias"]
                 product = emit(graph, GEMMS[node.target], (codes, scale, *weight, None, "", x.dtype), node)
-            _replace(graph, node, product)
+            replace(graph, node, product)
             done += 1
     return done
 
@@ -122,7 +123,7 @@ def _grouped_apart(graph: fx.Graph, node: fx.Node, miss: Report) -> bool:
         weight = (a[key] for key in ("tiles", "scale", "zero", "bias", "out_features", "group"))
         product = emit(graph, ops.w4a8_gemm.default, (codes, scale, *weight, x.dtype), node)
         shaped = emit(graph, aten.reshape.default, (product, [*sizes, a["out_features"]]), node)
-    _replace(graph, node, shaped)
+    replace(graph, node, shaped)
     return True
 
 
@@ -160,7 +161,7 @@ def quantize_gated(graph: fx.Graph, miss: Report) -> int:
         gate, up, act = found
         with graph.inserting_before(node):
             fused = emit(graph, GATED, (gate, up, act, a["x_grid"], a["x_scale"], a["x_zero"]), node)
-        _replace(graph, node, fused)
+        replace(graph, node, fused)
         done += 1
     return done
 
@@ -180,7 +181,7 @@ def quantize_hadamards(graph: fx.Graph, miss: Report) -> int:
         with graph.inserting_before(node):
             block = arguments(source)["block"]
             fused = emit(graph, HADAMARD, (source.args[0], block, a["x_grid"], a["x_scale"], a["x_zero"]), node)
-        _replace(graph, node, fused)
+        replace(graph, node, fused)
         done += 1
     return done
 
@@ -202,7 +203,7 @@ def end_products(graph: fx.Graph, miss: Report) -> int:
             continue
         with graph.inserting_before(y):
             product = emit(graph, node.target, tuple(args.values()), node)
-        _replace(graph, y, product)
+        replace(graph, y, product)
         done += 1
     return done
 
@@ -267,6 +268,7 @@ def left_alone(graph: fx.Graph, miss: Report) -> int:
 
 REWRITES: dict[str, Callable[[fx.Graph, Report], int]] = {
     "keep shapes": keep_shape,
+    "share heads": share_heads,
     "quantize apart": quantize_apart,
     "share codes": share_codes,
     "quantize gated products": quantize_gated,
@@ -300,11 +302,6 @@ def rewrite(graph: fx.Graph, without: Container[str] = ()) -> list[Rewritten]:
 
 
 _GEMM_ARGUMENTS = ("x_codes", "x_scale", "codes", "w_scale", "bias", "residual", "activation", "out_dtype")
-
-
-def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-    drop(graph, (old,))
 
 
 def _merge_parts(graph: fx.Graph, kept: fx.Node, old: fx.Node) -> None:
