@@ -25,6 +25,7 @@ from qfx.kernels.gpu.pdl import launch_next, wait_for_previous
 from qfx.kernels.gpu.tune import bucket, pick
 from qfx.kernels.gpu.w4_config import Config, candidates, default
 from qfx.kernels.gpu.w4_few import load_x
+from qfx.kernels.gpu.w4_forms import run_direct, run_specialized, takes_direct, takes_specialized
 
 
 @triton.jit
@@ -298,10 +299,10 @@ def w4(
             by_cublas(x, words, scale, zero, table, bias, y, group, decoder, config.chunk)
             return
         if config.specialized >= 0:
-            _run_specialized(config, x, x_scale, words.view(torch.uint8), scale, zero, bias, y, rows, group, decoder)
+            run_specialized(config, x, x_scale, words.view(torch.uint8), scale, zero, bias, y, rows, group, decoder)
             return
         if config.direct:
-            _run_direct(config, x, x_scale, tiles, scale, zero, bias, y, rows, group, decoder, flags)
+            run_direct(config, x, x_scale, tiles, scale, zero, bias, y, rows, group, decoder, flags)
             return
         if config.shared:
             shape = config.warps, config.bn, config.stages, config.registers
@@ -328,9 +329,9 @@ def w4(
 
     def hopper() -> bool:
         known = decoder.kind in ("int4", "table", "int4_int8") or decoder is INT4_TO_E4M3
-        return capable == 90 and known and _takes_specialized(x, rows, group, zero, dtype)
+        return capable == 90 and known and takes_specialized(x, rows, group, zero, dtype)
 
-    direct = tokens <= 8 and not INTERPRET and _takes_direct(tokens, group, decoder)
+    direct = tokens <= 8 and not INTERPRET and takes_direct(tokens, group, decoder)
     rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"), direct)
     config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense, hopper(), direct), run, words)
     unfit = (config.shared and not w4_few.takes(tokens, group)) or (config.specialized >= 0 and not hopper())
@@ -349,73 +350,3 @@ def w4(
 
 
 _fitting: dict[tuple[Config, Decoder], Config] = {}
-
-
-@cache
-def _takes_direct(tokens: int, group: int, decoder: Decoder) -> bool:
-    try:
-        from qfx.kernels.gpu import w4_direct
-    except ImportError:  # a Triton without Gluon, or with another one
-        return False
-    return w4_direct.takes(tokens, group, decoder)
-
-
-def _run_direct(
-    config: Config,
-    x: Tensor,
-    x_scale: Tensor | None,
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    rows: int,
-    group: int,
-    decoder: Decoder,
-    flags: tuple[bool, bool, bool, bool],
-) -> None:
-    from qfx.kernels.gpu import w4_direct  # needs Gluon
-
-    tokens, columns = x.shape
-    shape = config.warps, config.unroll, config.bn, config.stages > 1, config.registers
-    even = columns % (128 * config.warps * config.unroll) == 0
-    w4_direct.launcher(shape, decoder, group, (*flags, even), capability(x.device) >= 90)(
-        (-(-rows // config.bn), 1, 1), x, x_scale, tiles.view(torch.int32), scale, zero, bias, y,
-        tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
-    )  # fmt: skip
-
-
-def _takes_specialized(x: Tensor, rows: int, group: int, zero: Tensor | None, dtype: torch.dtype) -> bool:
-    try:
-        from qfx.kernels.gpu import w4_large, w4a8_large
-    except ImportError:  # a Triton without Gluon, or with another one
-        return False
-    if x.dtype.itemsize == 1:
-        return w4a8_large.supports(x, rows, group, zero, dtype) is None
-    return w4_large.supports(x, rows, group) is None
-
-
-def _run_specialized(
-    config: Config,
-    x: Tensor,
-    x_scale: Tensor | None,
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    rows: int,
-    group: int,
-    decoder: Decoder,
-) -> None:
-    from qfx.kernels.gpu import w4_large, w4a8_large  # need Gluon
-
-    whole, programs = config.split == 1, config.specialized
-    if x_scale is None:
-        cut = w4_large.Config(
-            config.bt or 128, config.stages or 3, config.tokens, whole, programs, config.bn or 256
-        )  # zeros are of tables that were made before there was a choice
-        w4_large.w4_large(x, tiles, scale, zero, bias, rows, group, cut, y, decoder.asm)
-    else:
-        cut8 = w4a8_large.Config(config.bt, config.stages, config.tokens, whole, programs)
-        w4a8_large.w4a8_large(x, x_scale, tiles, scale, bias, rows, group, y.dtype, cut8, y)

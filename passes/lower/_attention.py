@@ -1,9 +1,10 @@
-"""Attention of one query token without repeated keys and values: heads that share a key head become query positions.
+"""Attention that reads keys and values once, not repeated for the query heads that share them.
 
 With H query heads on G key heads, head `g·r + i` of `r = H / G` reads key head g. Models repeat the keys r times,
-`softmax(q[b, g·r + i, 0] · k[b, g]ᵀ) v[b, g]`, and a copy of the cache is written and read at every step of decoding.
-For one token, `q [B, H, 1, D]` laid out as `[B, G, r, D]` is attention of r positions on the keys as they are: the same
-sums. A mask must say the same of all heads, since heads are positions then.
+`softmax(q[b, g·r + i] · k[b, g]ᵀ) v[b, g]`, and a copy of the cache is written and read at every step of decoding.
+Where the attention kernel of the device shares heads by itself (cuDNN, FlashAttention), it is given the keys as they
+are. Where it does not, one token's `q [B, H, 1, D]` laid out as `[B, G, r, D]` is attention of r positions: the same
+sums. A mask must say the same of all heads then, since heads are positions.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.nn.attention import SDPBackend
 
 from qfx.passes.lower._rewrite import SHAPES, Report, arguments, emit, find_writes, is_call, replace, value
 
@@ -39,7 +41,7 @@ class Repeat(NamedTuple):
 
 
 def share_heads(graph: fx.Graph, miss: Report) -> int:
-    """Attention of one token reads keys and values that are not repeated for the heads that share them."""
+    """Attention reads keys and values that are not repeated for the heads that share them."""
     done, writes = 0, find_writes(graph)
     for node in list(graph.nodes):
         if not is_call(node, ATTENTION):
@@ -48,25 +50,42 @@ def share_heads(graph: fx.Graph, miss: Report) -> int:
         key, values = find_repeat(a["key"]), find_repeat(a["value"])
         if key is None and values is None:
             continue
-        why = _why_not(a) or _why_unlike(key, values)
+        why = _why_unlike(a, key, values)
         if why or key is None or values is None:
             miss(node, why)
             continue
         if any(_is_written_behind(repeat, node, writes) for repeat in (key, values)):
             miss(node, "its keys or values are written to after they were repeated")
             continue
-        (_, heads, _, features), groups = _shape(a["query"]), _shape(key.x)[1]
-        if heads != groups * key.times:
-            miss(node, "its query has other heads than its repeated keys")
+        if _is_shared_by_kernel(a, key.x, values.x):
+            with graph.inserting_before(node):
+                given = a["query"], key.x, values.x, a["attn_mask"], a["dropout_p"], a["is_causal"]
+                shared = emit(graph, ATTENTION, given, node, {**_scale(a), "enable_gqa": True})
+        elif why := _why_not_positions(a):
+            miss(node, why)
             continue
-        scale = {} if a["scale"] is None else {"scale": a["scale"]}
-        with graph.inserting_before(node):
-            query = emit(graph, aten.reshape.default, (a["query"], [-1, groups, key.times, features]), node)
-            shared = emit(graph, ATTENTION, (query, key.x, values.x, a["attn_mask"]), node, scale)
-            back = emit(graph, aten.reshape.default, (shared, [-1, heads, 1, _shape(values.x)[3]]), node)
-        replace(graph, node, back)
+        else:
+            (_, heads, _, features), groups = _shape(a["query"]), _shape(key.x)[1]
+            with graph.inserting_before(node):
+                query = emit(graph, aten.reshape.default, (a["query"], [-1, groups, key.times, features]), node)
+                positions = emit(graph, ATTENTION, (query, key.x, values.x, a["attn_mask"]), node, _scale(a))
+                shared = emit(graph, aten.reshape.default, (positions, [-1, heads, 1, _shape(values.x)[3]]), node)
+        replace(graph, node, shared)
         done += 1
     return done
+
+
+def _scale(a: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if a["scale"] is None else {"scale": a["scale"]}
+
+
+def _is_shared_by_kernel(a: Mapping[str, Any], key: fx.Node, values: fx.Node) -> bool:
+    """Whether torch has a fused kernel here for keys with fewer heads than the query; without one it repeats them."""
+    q, k, v, mask = value(a["query"]), value(key), value(values), value(a["attn_mask"])
+    if q is None or k is None or v is None or not q.is_cuda:
+        return False
+    rest = mask, a["dropout_p"], a["is_causal"]
+    return torch._fused_sdp_choice(q, k, v, *rest, scale=a["scale"], enable_gqa=True) > SDPBackend.MATH.value
 
 
 def find_repeat(node: Any) -> Repeat | None:
@@ -107,10 +126,10 @@ def _source(node: Any, *targets: Any) -> fx.Node | None:
     return source if isinstance(source, fx.Node) else None
 
 
-def _why_not(a: Mapping[str, Any]) -> str:
+def _why_not_positions(a: Mapping[str, Any]) -> str:
     """Why heads cannot be positions of a query, for what is asked of this attention."""
     query = _shape(a["query"])
-    if len(query) != 4 or not all(isinstance(n, int) for n in query[1:]):
+    if not all(isinstance(n, int) for n in query[1:]):
         return "the number of its query's tokens is not fixed"
     if query[2] != 1:
         return "its query is longer than one token"
@@ -118,18 +137,22 @@ def _why_not(a: Mapping[str, Any]) -> str:
         return "it is causal, and positions of a query would differ"
     if a["dropout_p"] != 0:
         return "it drops weights at random"
-    if a["enable_gqa"]:
-        return "it shares heads by itself, and those are repeated"
     if a["attn_mask"] is not None and not _is_shared(_shape(a["attn_mask"])):
         return "its mask is not the same for all heads"
     return ""
 
 
-def _why_unlike(key: Repeat | None, values: Repeat | None) -> str:
+def _why_unlike(a: Mapping[str, Any], key: Repeat | None, values: Repeat | None) -> str:
+    """Why its keys and values cannot be shared, in whatever way."""
     if key is None or values is None:
         return f"only its {'values' if key is None else 'keys'} are repeated"
+    if a["enable_gqa"]:
+        return "it shares heads by itself, and those are repeated"
     if key.times != values.times:
         return f"its keys are repeated {key.times} times, its values {values.times} times"
+    query = _shape(a["query"])
+    if len(query) != 4 or query[1] != _shape(key.x)[1] * key.times:
+        return "its query has other heads than its repeated keys"
     return ""
 
 

@@ -89,6 +89,45 @@ def test_heads_that_share_keys_become_positions(form: Body, scale: float | None)
     assert out.meta["val"].shape == (3, HEADS, 1, WIDE)
 
 
+@pytest.mark.parametrize("case", ["plain", "mask", "mask of heads", "causal", "prefill", "scale"])
+def test_a_kernel_that_shares_heads_gets_them_as_they_are(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_is_shared_by_kernel", lambda *a: True)
+    given: dict[str, Any] = {"is_causal": True} if case == "causal" else {"scale": 0.3} if case == "scale" else {}
+    shape = {"mask": (3, 1, 1, LENGTH), "mask of heads": (1, HEADS, 1, LENGTH)}.get(case)
+    mask = None if shape is None else torch.randn(shape)
+
+    def body(q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, repeat(k), repeat(v), *mask, **given)
+
+    tokens = 5 if case in ("prefill", "causal") else 1
+    f = Shared(body, *inputs(tokens=tokens), *([] if mask is None else [mask]))
+    assert f.shares()
+    (node,) = f.gm.graph.find_nodes(op="call_function", target=attention.ATTENTION)
+    assert node.kwargs["enable_gqa"] and node.kwargs.get("scale") == given.get("scale")
+    assert "aten.reshape.default" not in {str(n.target) for n in f.gm.graph.nodes}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_which_kernel_the_device_has(tokens: int, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(2, 8, tokens, 64), torch.randn(2, 2, 64, 64), torch.randn(2, 2, 64, 64)
+    given = [t.to("cuda", dtype) for t in (q, k, v, torch.ones(2, 1, tokens, 64))]
+    given[3] = given[3].bool()
+
+    def body(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, repeat(k, 4), repeat(v, 4), mask)
+
+    f = Shared(body, *given)
+    assert all((a - b).abs().max() < 2e-2 for a, b in f.pairs[:1])
+    (node,) = f.gm.graph.find_nodes(op="call_function", target=attention.ATTENTION)
+    if dtype == torch.float32:  # no fused kernel shares heads of float32
+        assert "enable_gqa" not in node.kwargs and f.done.changed == (tokens == 1)
+    elif torch.cuda.get_device_capability() == (9, 0):
+        assert node.kwargs["enable_gqa"] and f.done.changed == 1
+
+
 MASKS = [(1, LENGTH), (1, 1, LENGTH), (1, 1, 1, LENGTH), (3, 1, 1, LENGTH), (3, 1, 1, 1)]
 
 
