@@ -122,7 +122,8 @@ def measured(made: models.Prepared, tokens: int) -> dict[str, Any]:
     taken: timing.Timing = made()
     ms = taken.us / 1e3
     rate = {"tokens_per_second": tokens / ms * 1e3, "peak": torch.cuda.max_memory_allocated()}
-    return {"ms": ms, "low": taken.low / 1e3, "high": taken.high / 1e3, **rate}
+    launched = {"launched": made.launched} if hasattr(made, "launched") else {}
+    return {"ms": ms, "low": taken.low / 1e3, "high": taken.high / 1e3, **launched, **rate}
 
 
 def _torchao(model: nn.Module, kind: str, head: bool) -> None:
