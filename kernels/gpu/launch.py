@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -48,9 +48,12 @@ class Launcher:
         if _recorder is not None:
             _recorder(self, grid, args)
             return
+        self.launch(grid, args)
+
+    def launch(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        """The same, whoever is `recording`."""
         if INTERPRET:
-            names = self.kernel.arg_names
-            self.kernel[grid](*args, **{k: v for k, v in self.meta.items() if k in names})
+            self.kernel[grid](*args, **self._interpreted)
             return
         device = torch.cuda.current_device()
         key = (device, *[_kind(a) for a in args])
@@ -62,6 +65,37 @@ class Launcher:
         stream = torch._C._cuda_getCurrentRawStream(device)
         handle, packed = compiled.function, compiled.packed_metadata
         compiled.run(*grid, stream, handle, packed, None, None, None, *args, *self._constants)
+
+    def bind(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> Bound:
+        """The kernel for arguments of these kinds, on the current stream; it has been launched with such before."""
+        if INTERPRET:
+            return Bound(functools.partial(self.kernel[grid], **self._interpreted), (), (), False)
+        device = torch.cuda.current_device()
+        compiled = self._compiled[(device, *[_kind(a) for a in args])]
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        front = (*grid, stream, compiled.function, compiled.packed_metadata, None, None, None)
+        return Bound(compiled.run, front, self._constants, True)
+
+    @property
+    def _interpreted(self) -> dict[str, Any]:
+        """What Triton's interpreter takes of `meta`."""
+        return {k: v for k, v in self.meta.items() if k in self.kernel.arg_names}
+
+
+class Bound(NamedTuple):
+    """A kernel that is called as `run(*front, *args, *back)`.
+
+    Attributes:
+        run: launches.
+        front: what stands before the kernel's own arguments.
+        back: what stands behind them.
+        pointers: whether an integer stands for a tensor. A tensor is taken too, and asked for its address.
+    """
+
+    run: Callable[..., Any]
+    front: tuple[Any, ...]
+    back: tuple[Any, ...]
+    pointers: bool
 
 
 def _kind(value: Any) -> Any:

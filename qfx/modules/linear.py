@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qfx.core.errors import KernelError
 from qfx.core.qtensor import QTensor
 from qfx.core.spec import Scheme, scheme_label
+from qfx.kernels._cuda import TRITON
 from qfx.kernels.pack import (
     apply_to_bits,
     dequantize_stored,
@@ -39,6 +40,10 @@ class ReadWeight(Tensor):
         """Computes as if it were a plain tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+
+def _may_plan(x: Tensor) -> bool:
+    return TRITON and x.is_cuda
 
 
 class QLinear(nn.Module):
@@ -90,6 +95,8 @@ class QLinear(nn.Module):
     part: Part | None = None
     layout: tuple[str, ...] = ()
     _settings: tuple[Any, ...] = ()
+    _plans: Any = None
+    """Of `qfx.kernels.gpu.plan`, once it was called with a CUDA tensor."""
 
     def __init__(
         self,
@@ -184,6 +191,18 @@ class QLinear(nn.Module):
         """`[..., in]` to `[..., out]` of x's dtype."""
         if self.part is not None:
             return self.part(x)
+        if not torch.compiler.is_compiling() and type(x) is Tensor and _may_plan(x):
+            plans = self._plans
+            if plans is None:
+                from qfx.kernels.gpu.plan import Plans
+
+                plans = self.__dict__["_plans"] = Plans()
+            if (y := plans(self._compute, self._buffers, x)) is not None:
+                return y
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        """`forward` by the ops."""
         if self.kernel:
             prepared = [self._buffers.get(name) for name in self.layout]
             inputs = self.bias, self.input_scale, self.input_zero
@@ -297,6 +316,15 @@ class QLinear(nn.Module):
         fast = f", kernel={self.kernel}" if self.kernel else ""
         merged = ", merged" if self.part is not None else ""
         return f"{size}, scheme={scheme_label(self.scheme)}, op={self.op}{fast}{merged}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "training":  # plans are for what the attributes were
+            self.__dict__.pop("_plans", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have memory of their own: without plans."""
+        return {name: value for name, value in self.__dict__.items() if name != "_plans"}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not self.as_stored:
