@@ -14,6 +14,10 @@ from torch import Tensor
 
 from bench import ops, peers, timing
 from bench.cases import Linear
+from qfx.core.qtensor import encode_minmax
+from qfx.core.spec import parse_scheme
+from qfx.modules.kernels import KERNELS, choose_kernel
+from qfx.modules.linear import QLinear
 
 SHAPES = [(8192, 8192), (4096, 4096), (28672, 8192), (8192, 28672), (28672, 4096), (4096, 14336)]
 """N x K; those first that matter most if time runs out."""
@@ -29,6 +33,8 @@ MODELS = {
     "opt-30b": [(21504, 7168), (7168, 7168), (28672, 7168), (7168, 28672)],
 }
 """N x K of the linears of models, those that read the same value merged."""
+MODULES = {f"module {scheme}": scheme for scheme in ("W8A8", "FP8_DYNAMIC", "W4A16", "W4A8", "W4AFP8", "NF4")}
+"""Whole linears, as a model calls them."""
 DEVICE = "cuda"
 
 
@@ -52,6 +58,16 @@ def weight(n: int, k: int) -> Tensor:
 
 def activation(m: int, k: int) -> Tensor:
     return torch.randn(m, k, device=DEVICE).bfloat16()
+
+
+def lowered(w: Tensor, name: str) -> QLinear:
+    """A linear of a scheme, with the kernel that `qfx.lower` gives it."""
+    scheme = parse_scheme(name)
+    module = QLinear.from_qtensor(encode_minmax(w, scheme.weight), None, scheme, dtype=w.dtype)
+    kernel, _ = choose_kernel(scheme, module.in_features, module.out_features)
+    if kernel in KERNELS:
+        module.use_kernel(kernel)
+    return module
 
 
 def selected(table: dict[str, Any], a: argparse.Namespace) -> list[tuple[str, Any]]:
@@ -151,6 +167,16 @@ def eager(a: argparse.Namespace) -> None:
                 rows[f"{name} M={m}"] = timing.host_time(lambda x=inputs, v=linear: v.call(x, v.weights))
             except Exception as e:
                 print(f"skipped {name}: {type(e).__name__}: {str(e)[:200]}")
+        for name, scheme in selected(MODULES, a):
+            try:
+                module, x = lowered(w, scheme), activation(m, 1024)
+                rows[f"{name} M={m}"] = timing.host_time(lambda module=module, x=x: module(x))
+            except Exception as e:
+                print(f"skipped {name}: {type(e).__name__}: {str(e)[:200]}")
+                continue
+            for why in module._plans.kinds.values() if module._plans else ():
+                if isinstance(why, str):
+                    print(f"{name} M={m} has no launch plan: {why}")
         for name, (_, make_rows) in selected(ops.ROW_OPS, a):
             try:
                 case, x, gain = make_rows(), activation(m, 1024), torch.ones(1024, device=DEVICE).bfloat16()
