@@ -78,8 +78,10 @@ class Plans:
             if same() is not t or (t is not None and t.data_ptr() != address):
                 kinds = self._forget(tensors)
                 break
-        if _grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
-            return None
+        if _grad_enabled():
+            for t in (x, *tensors):
+                if t is not None and t.requires_grad:
+                    return None
         kind = (x.shape, x.stride(), x.dtype, x.data_ptr() & 15, at)
         plan = kinds.get(kind)
         if type(plan) is Plan:
@@ -200,7 +202,9 @@ class Plan:
         for off in self.switches:
             if off:
                 return False
-        return not self.stale(weights)
+        if self.choose._chosen.get(_CHOICES) is not self.choices:
+            return False
+        return self.versions is None or self.versions == versions(weights)
 
     def stale(self, weights: Weights) -> bool:
         """Whether it will never do so again: configurations or what is kept of a weight may be others."""
@@ -219,8 +223,8 @@ class Plan:
             memory = _empty(size, one, dtype=torch.uint8, device=device)
             roots.append(memory)
             addresses.append(memory.data_ptr())
-        for run, args, put, make in self.launches:
-            args = args.copy()
+        for run, template, put, make in self.launches:
+            args = template.copy()
             for at, root, distance in put:
                 args[at] = addresses[root] + distance
             for at, tensor in make:

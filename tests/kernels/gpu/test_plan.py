@@ -104,6 +104,19 @@ def test_weights_that_are_written_to_and_replaced(call: Call, on_cpu: None) -> N
 
 
 @interpreted
+def test_another_weight_in_the_same_memory(call: Call, on_cpu: None) -> None:
+    """What is freed is given out again: an address alone does not tell a weight from the one before it."""
+    plans, compute, _ = planned(call)
+    plain, weights, x = call
+    before, bias = plain(x), weights["bias"]
+    assert bias is not None
+    weights["bias"] = bias.view(torch.float16)
+    assert weights["bias"].data_ptr() == bias.data_ptr() and not plain(x).equal(before)
+    for _ in range(3):
+        assert forward(plans, compute, weights, x).equal(plain(x))
+
+
+@interpreted
 def test_plans_keep_no_weight_alive(monkeypatch: pytest.MonkeyPatch, on_cpu: None) -> None:
     import weakref
 
