@@ -332,6 +332,7 @@ class QLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        self.__dict__.pop("_plans", None)  # torch may swap tensors, and refuses those that anything refers to
         if self.as_stored:
             return super()._load_from_state_dict(state_dict, prefix, *rest)
         own = {prefix + name for name in BUFFERS.values() if prefix + name in state_dict}

@@ -26,6 +26,7 @@ from tests.zoo import ZOO
 pytest.importorskip("triton")
 
 from qfx.kernels.gpu.launch import INTERPRET
+from qfx.kernels.gpu.linear8 import linear8
 from qfx.kernels.gpu.plan import Plan
 from tests.kernels.gpu.plans import allow_cpu
 
@@ -106,6 +107,28 @@ def test_a_module_that_changes(module: QLinear, change: Callable[[QLinear], Any]
     after = module._compute(x)
     assert module(x).equal(after) and module(x).equal(after) and module(x).equal(after)
     assert not after.equal(before) or module.bias.dtype == torch.float32
+
+
+@interpreted
+@torch.no_grad()
+def test_tensors_that_torch_swaps(monkeypatch: pytest.MonkeyPatch, on_cpu: None) -> None:
+    """`swap_tensors` refuses a tensor that anything refers to."""
+
+    def compute(self: QLinear, x: Tensor) -> Tensor:
+        return linear8(x, self.weight_codes, self.weight_scale, self.bias, None, None, "int8_narrow", False)
+
+    monkeypatch.setattr("qfx.modules.linear._may_plan", lambda x: True)
+    monkeypatch.setattr(QLinear, "_compute", compute)
+    module, x = linear("W8A8", 24, 64), torch.randn(2, 64).bfloat16()
+    before = twice(module, x)
+    assert [type(p) for p in module._plans.kinds.values()] == [Plan]
+    state = {n: t.roll(1, 0) for n, t in module.state_dict().items()}
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert twice(module, x).equal(before.roll(1, 1)) and module(x).equal(before.roll(1, 1))
 
 
 @interpreted
