@@ -37,6 +37,8 @@ class LoweringReport:
         misses: linears that read what others read, and were not merged with them, and why.
         notes: what concerns the model as a whole.
         error: relative difference of the model's output before and after; None if it was not run.
+        layer_error: the largest relative difference (of norms) of a linear's output to what it gives, for the same
+            input, by itself and from its weight as it is stored; None if none of them was compared.
     """
 
     device: str
@@ -44,6 +46,7 @@ class LoweringReport:
     misses: list[Miss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     error: float | None = None
+    layer_error: float | None = None
 
     @property
     def groups(self) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -284,6 +285,16 @@ class QLinear(nn.Module):
         elif self.kernel:
             self.take_weight()
             self.put_weight(stored)
+
+    def alone(self) -> QLinear:
+        """The same linear with a weight of its own, as it is stored; what is not copied is shared."""
+        stored, new = self.stored(), copy.copy(self)
+        new._buffers, new._modules = dict(self._buffers), {}
+        new._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        new.part = None
+        new.take_weight()
+        new.put_weight(stored)
+        return new
 
     def take_weight(self) -> None:
         """Leaves the module without its weight, in whatever layout."""
