@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -223,11 +223,11 @@ def _check(model: nn.Module, feeds: dict[str, Tensor], want: list[Tensor], repor
     The model's output says less: what one layer rounds otherwise, the layers behind it may amplify.
     """
     layers = [(layer.name, model.get_submodule(layer.name)) for layer in report.layers]
-    lowered = [(name, m) for name, m in layers if isinstance(m, QLinear) and not m.as_stored]
+    lowered = {name: m for name, m in layers if isinstance(m, QLinear) and not m.as_stored}
     errors: dict[str, float] = {}
-    hooks = [m.register_forward_hook(partial(_compare, errors, name)) for name, m in lowered]
     try:
-        got = outputs_of(model, feeds)
+        with _compared(lowered, errors):
+            got = outputs_of(model, feeds)
     except Exception as e:  # whatever the model's own code raises
         failure = f"the lowered model fails: {type(e).__name__}: {e}".splitlines()[0]
     else:
@@ -237,9 +237,6 @@ def _check(model: nn.Module, feeds: dict[str, Tensor], want: list[Tensor], repor
         if worst is None or errors[worst] <= TOLERANCE:
             return
         failure = f"it changed the output of {worst} by {errors[worst]:.2g}"
-    finally:
-        for hook in hooks:
-            hook.remove()
     restore(model)
     report.notes.append(f"undone: {failure}; every linear is computed from its weight as it is stored")
     for layer in report.layers:
@@ -247,12 +244,30 @@ def _check(model: nn.Module, feeds: dict[str, Tensor], want: list[Tensor], repor
         layer.kernel, layer.reason, layer.merged = str(module.op), "lowering was undone", []
 
 
-def _compare(errors: dict[str, float], name: str, module: QLinear, given: tuple[Tensor, ...], y: Tensor) -> None:
-    """Notes how far an output is from that of the same linear alone; infinitely far where only one is finite."""
-    alone = module.alone().forward(*given).float()  # without the hooks
-    finite = alone.isfinite()
-    if torch.equal(finite, y.isfinite()):
-        distance = (y.float() - alone)[finite].norm().item() / max(alone[finite].norm().item(), 1e-30)
-    else:
-        distance = float("inf")
-    errors[name] = max(errors.get(name, 0.0), distance)
+@contextlib.contextmanager
+def _compared(layers: Mapping[str, QLinear], errors: dict[str, float]) -> Iterator[None]:
+    """Within it, each call of a linear notes how far its output is from that of the same linear alone."""
+
+    def watched(name: str, module: QLinear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            y = type(module).forward(module, x)
+            errors[name] = max(errors.get(name, 0.0), _distance(module.alone()(x).float(), y.float()))
+            return y
+
+        return forward
+
+    try:
+        for name, module in layers.items():
+            module.forward = watched(name, module)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in layers.values():
+            module.__dict__.pop("forward", None)
+
+
+def _distance(want: Tensor, got: Tensor) -> float:
+    """Relative, of norms; infinite where only one is finite."""
+    finite = want.isfinite()
+    if not torch.equal(finite, got.isfinite()):
+        return float("inf")
+    return (got - want)[finite].norm().item() / max(want[finite].norm().item(), 1e-30)

@@ -9,11 +9,13 @@ sums. A mask must say the same of all heads then, since heads are positions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend
 
 from qfx.passes.lower._rewrite import SHAPES, Report, arguments, emit, find_writes, is_call, replace, value
@@ -81,11 +83,31 @@ def _scale(a: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_shared_by_kernel(a: Mapping[str, Any], key: fx.Node, values: fx.Node) -> bool:
     """Whether torch has a fused kernel here for keys with fewer heads than the query; without one it repeats them."""
-    q, k, v, mask = value(a["query"]), value(key), value(values), value(a["attn_mask"])
-    if q is None or k is None or v is None or not q.is_cuda:
+    found = [value(node) for node in (a["query"], key, values)]
+    if any(x is None or not x.is_cuda for x in found) or a["dropout_p"] != 0:
         return False
-    rest = mask, a["dropout_p"], a["is_causal"]
-    return torch._fused_sdp_choice(q, k, v, *rest, scale=a["scale"], enable_gqa=True) > SDPBackend.MATH.value
+    (_, heads, tokens, wide), (_, groups, _, _), (*_, wide_values) = map(_shape, (a["query"], key, values))
+    if not all(isinstance(n, int) for n in (heads, groups, wide, wide_values)):
+        return False
+    mask = value(a["attn_mask"])
+    sizes = heads, groups, 1 if tokens == 1 else 64, wide, wide_values
+    kinds = found[0].dtype, found[0].device, None if mask is None else mask.dtype  # type: ignore[union-attr]
+    return _chosen_kernel(*sizes, *kinds, a["is_causal"]) > SDPBackend.MATH.value
+
+
+@functools.cache
+def _chosen_kernel(
+    heads: int, groups: int, tokens: int, wide: int, wide_values: int,
+    dtype: torch.dtype, device: torch.device, mask: torch.dtype | None, causal: bool,
+) -> int:  # fmt: skip
+    """What torch takes for heads that are shared; asked with small tensors, since those of a capture tell nothing."""
+    with unset_fake_temporarily():
+        q, k, v = (
+            torch.empty(1, *size, dtype=dtype, device=device)
+            for size in ((heads, tokens, wide), (groups, 64, wide), (groups, 64, wide_values))
+        )
+        bias = None if mask is None else torch.empty(1, 1, tokens, 64, dtype=mask, device=device)
+        return torch._fused_sdp_choice(q, k, v, bias, 0.0, causal, enable_gqa=True)
 
 
 def find_repeat(node: Any) -> Repeat | None:

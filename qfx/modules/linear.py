@@ -289,6 +289,7 @@ class QLinear(nn.Module):
     def alone(self) -> QLinear:
         """The same linear with a weight of its own, as it is stored; what is not copied is shared."""
         stored, new = self.stored(), copy.copy(self)
+        new.__dict__.pop("forward", None)  # who watches this one does not watch that one
         new._buffers, new._modules = dict(self._buffers), {}
         new._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         new.part = None
