@@ -163,6 +163,11 @@ def _cases() -> dict[str, Callable[[], None]]:
         found[f"w4 {form} split"] = partial(four, 5, 70, 1152, 128, form, **{**one, "split": 3})
         middle = {**one, "bn": 128, "bt": 64, "warps": 8, "stages": 3, "tokens": 8}
         found[f"w4 {form} middle"] = partial(four, 133, 200, 384, 128, form, **middle)
+        direct = {"bn": 16, "bt": 8, "split": 1, "warps": 4, "stages": 2, "unroll": 2, "direct": True}
+        for group, n in ((128, 70), (-1, 33), (64 if form in ("int4", "table") else 256, 130)):
+            columns = 768 if group == 256 else 1152
+            found[f"w4 {form} direct, groups {group}"] = partial(four, 5, n, columns, group, form, **direct)
+        found[f"w4 {form} direct, odd"] = partial(four, 1, 33, 200, -1, form, **{**direct, "bn": 32, "stages": 1})
     found |= {
         "w4 int4 wide": partial(four, 133, 70, 384, 128, "int4", **{**one, "bn": 256, "warps": 8, "stages": 2}),
         "w4 int4 odd depth": partial(four, 5, 33, 200, -1, "int4", **one, unroll=2),
