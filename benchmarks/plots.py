@@ -1,6 +1,6 @@
 """Figures and Markdown tables of what kernels.py and model.py measured.
 
-    python benchmarks/plots.py [--kernels FILE] [--model FILE] [--shape 8192x8192] [--out FOLDER] [--markdown PAGE]
+    python benchmarks/plots.py [--kernels FILE ...] [--model FILE] [--shape 8192x8192] [--out FOLDER] [--markdown PAGE]
 
 Figures need matplotlib: speed against cuBLAS bf16 over the number of tokens, one panel for each kind of op, and the
 time of whole models. Tables go between the page's two markers, or to the terminal.
@@ -22,6 +22,7 @@ from bench import report  # noqa: E402
 del sys.path[0]  # other libraries look for a package `kernels`, and would find kernels.py
 
 Row = dict[str, Any]
+KERNELS = [Path("benchmarks/results/kernels_8bit.jsonl"), Path("benchmarks/results/kernels.jsonl")]
 
 
 def read(path: Path) -> tuple[Row, report.Results]:
@@ -60,10 +61,12 @@ def op_tables(results: report.Results) -> list[str]:
 
 
 def by_model(result: Row) -> dict[str, list[Row]]:
-    """The rows of each model, and of each number of its layers."""
+    """The rows of each model, each number of its layers, and each run."""
     found: dict[str, list[Row]] = {}
     for r in result["rows"]:
-        found.setdefault(r["model"] + (f", {r['layers']} layers" if r.get("layers") else ""), []).append(r)
+        layers = f", {r['layers']} layers" if r.get("layers") else ""
+        run = f" ({r['run']})" if r.get("run") else ""
+        found.setdefault(r["model"] + layers + run, []).append(r)
     return found
 
 
@@ -183,24 +186,24 @@ def put(page: str, what: str, lines: list[str]) -> str:
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"plots: the page has no {begin} ... {end}")
-    return before + "\n".join([begin, *lines, ""]) + end + after
+    return before + "\n".join([begin, *lines]).rstrip("\n") + "\n" + end + after
 
 
 def main() -> None:
     """Draws, and writes tables."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--kernels", type=Path, default=Path("benchmarks/results/kernels.jsonl"))
+    ap.add_argument("--kernels", type=Path, nargs="*", default=KERNELS, help="one file for each run")
     ap.add_argument("--model", type=Path, default=Path("benchmarks/results/model.json"))
     ap.add_argument("--shape", type=lambda s: tuple(map(int, s.split("x"))), default=(8192, 8192))
     ap.add_argument("--out", type=Path, help="folder of the figures")
     ap.add_argument("--markdown", type=Path, help="write the tables into this page")
     a = ap.parse_args()
     parts: dict[str, list[str]] = {}
-    if a.kernels.exists():
-        environment, results = read(a.kernels)
-        parts["kernels"] = [conditions(environment), *op_tables(results)]
+    for path in filter(Path.exists, a.kernels):
+        environment, results = read(path)
+        parts.setdefault("kernels", []).extend([conditions(environment), *op_tables(results), ""])
         if a.out:
-            draw_kernels(results, a.shape, a.out / "kernels.svg")
+            draw_kernels(results, a.shape, a.out / f"{path.stem}.svg")
     if a.model.exists():
         result = json.loads(a.model.read_text())
         parts["models"] = [conditions(result), *model_tables(result)]

@@ -27,6 +27,9 @@ from torch import Tensor
 C = TypeVar("C")
 """A frozen dataclass of plain values: an op's own configuration."""
 
+NEAR = 4
+"""A configuration for up to so many times the tokens is better than none for this number of them."""
+
 _chosen: dict[tuple[Any, ...], Any] = {}
 _autotune = False
 _failures: list[str] = []
@@ -145,24 +148,36 @@ def _find(device: int, op: str, key: tuple[int | str, ...], kind: type[C]) -> C 
         return None
     *rest, tokens = key
     for table in (_own_table(device), _shipped_table(device)):
-        entries = table.get(op, {})
-        exact = entries.get(_join(rest), {})
-        if _autotune:
-            choices = [exact.get(str(tokens))]
-        else:
-            alike = [exact] + [entries[name] for name in _similar(rest, list(entries))]
-            choices = [_at_least(int(tokens), measured) for measured in alike]
-            fewer = [int(b) for measured in alike for b in measured if 256 <= int(b) <= int(tokens)]
-            choices += [measured.get(str(max(fewer, default=0))) for measured in alike]
-        for entry in choices:
-            if entry is not None:
-                with contextlib.suppress(TypeError):  # written by another version of qfx
-                    return kind(**entry["config"])
+        for entry in _choices(table.get(op, {}), rest, int(tokens)):
+            with contextlib.suppress(TypeError):  # written by another version of qfx
+                return kind(**entry["config"])
     return None
 
 
-def _similar(rest: Sequence[int | str], measured: Sequence[str]) -> list[str]:
-    """The measured entries for weights of about this shape, the most similar first."""
+def _choices(entries: dict[str, Any], rest: Sequence[int | str], tokens: int) -> Iterator[Any]:
+    """What was measured for this shape and number of tokens, or for what is most like it; the best first."""
+    exact = entries.get(_join(rest), {})
+    if _autotune:
+        if str(tokens) in exact:
+            yield exact[str(tokens)]
+        return
+    alike = [(0.0, exact), *((distance, entries[name]) for distance, name in _similar(rest, list(entries)))]
+    near = [
+        (distance + math.log2(int(b) / tokens), int(b), entry)
+        for distance, measured in alike
+        for b, entry in measured.items()
+        if tokens <= int(b) <= NEAR * tokens
+    ]
+    yield from (entry for *_, entry in sorted(near, key=lambda found: found[:2]))
+    for _, measured in alike:  # failing that, what suits many more tokens
+        yield from (measured[str(b)] for b in sorted(map(int, measured)) if b > NEAR * tokens)
+    # or, if these are many, as many as there are
+    fewer = [(int(b), -i, e) for i, (_, found) in enumerate(alike) for b, e in found.items() if 256 <= int(b) < tokens]
+    yield from (entry for *_, entry in sorted(fewer, key=lambda found: found[:2], reverse=True))
+
+
+def _similar(rest: Sequence[int | str], measured: Sequence[str]) -> list[tuple[float, str]]:
+    """How far measured weights of about this shape are from it, and their names; the most similar first."""
     *same, shape = [str(r) for r in rest]
     if "x" not in shape:
         return []
@@ -173,12 +188,7 @@ def _similar(rest: Sequence[int | str], measured: Sequence[str]) -> list[str]:
             (r, c), (r2, c2) = (map(int, s.split("x")) for s in (shape, other))
             # what decides is the number of tiles, then their length
             found.append((abs(math.log2(r / r2)) + 0.5 * abs(math.log2(c / c2)), entry))
-    return [entry for distance, entry in sorted(found) if distance <= 2]
-
-
-def _at_least(tokens: int, measured: dict[str, Any]) -> Any:
-    """What suits so many tokens or a few more suits these, too; so does, failing that, what suits many."""
-    return measured.get(str(min((int(b) for b in measured if int(b) >= tokens), default=0)))
+    return [(distance, entry) for distance, entry in sorted(found) if distance <= 2]
 
 
 def _save(op: str, key: tuple[int | str, ...], config: Any, best: float) -> None:

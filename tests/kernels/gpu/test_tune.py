@@ -66,6 +66,16 @@ def test_more_tokens_of_a_similar_weight_before_fewer_of_the_same(table) -> None
     assert [choose(m, "int8", "4096x4096").width for m in (200, 1024, 4096)] == [1, 2, 2]
 
 
+def test_about_as_many_tokens_of_a_similar_weight_before_far_more_of_the_same(table) -> None:
+    tune._save("op", ("int8", "4096x4096", 1), Width(1), 1e-6)
+    tune._save("op", ("int8", "4096x4096", 8192), Width(2), 1e-6)
+    tune._save("op", ("int8", "8192x8192", 16), Width(3), 1e-6)
+    assert [choose(m, "int8", "4096x4096").width for m in (1, 4, 16, 64, 2048)] == [1, 3, 3, 2, 2]
+    tune._save("op", ("int8", "4096x4096", 64), Width(4), 1e-6)
+    tune._chosen.clear()
+    assert [choose(m, "int8", "4096x4096").width for m in (16, 32, 64)] == [3, 4, 4]
+
+
 def test_a_small_one_does_not_serve_many_tokens(table) -> None:
     tune._save("op", (4, 4, 16), Width(1), 1e-6)
     assert choose(512, 4, 4) == Width(0)
