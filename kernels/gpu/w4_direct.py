@@ -3,8 +3,8 @@
 A program owns 16 or 32 rows. As in `w4_few`, each of its warps multiplies every W-th block of 128 columns, and the
 warps' sums meet in shared memory at the end. Here a thread also loads, 16 bytes at a time, exactly the codes that the
 tensor core wants from it, and the tokens likewise: there is no shared memory and no barrier in the loop, which takes
-a little more than half of the instructions, and instructions are what limits `w4_few`. Tokens that do not exist are
-copies of the last one, so that nothing is masked. Gluon states these layouts; not for Triton's interpreter.
+two thirds of the instructions, and instructions are what limits `w4_few`. Tokens that do not exist are copies of the
+last one, so that nothing is masked. Gluon states these layouts; not for Triton's interpreter.
 """
 
 from __future__ import annotations
