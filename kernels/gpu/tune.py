@@ -27,9 +27,6 @@ from torch import Tensor
 C = TypeVar("C")
 """A frozen dataclass of plain values: an op's own configuration."""
 
-NEAR = 4
-"""A configuration for up to so many times the tokens is better than none for this number of them."""
-
 _chosen: dict[tuple[Any, ...], Any] = {}
 _autotune = False
 _failures: list[str] = []
@@ -162,15 +159,13 @@ def _choices(entries: dict[str, Any], rest: Sequence[int | str], tokens: int) ->
             yield exact[str(tokens)]
         return
     alike = [(0.0, exact), *((distance, entries[name]) for distance, name in _similar(rest, list(entries)))]
-    near = [
+    more = [
         (distance + math.log2(int(b) / tokens), int(b), entry)
         for distance, measured in alike
         for b, entry in measured.items()
-        if tokens <= int(b) <= NEAR * tokens
+        if int(b) >= tokens
     ]
-    yield from (entry for *_, entry in sorted(near, key=lambda found: found[:2]))
-    for _, measured in alike:  # failing that, what suits many more tokens
-        yield from (measured[str(b)] for b in sorted(map(int, measured)) if b > NEAR * tokens)
+    yield from (entry for *_, entry in sorted(more, key=lambda found: found[:2]))
     # or, if these are many, as many as there are
     fewer = [(int(b), -i, e) for i, (_, found) in enumerate(alike) for b, e in found.items() if 256 <= int(b) < tokens]
     yield from (entry for *_, entry in sorted(fewer, key=lambda found: found[:2], reverse=True))

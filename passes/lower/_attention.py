@@ -9,7 +9,6 @@ sums. A mask must say the same of all heads then, since heads are positions.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -95,19 +94,24 @@ def _is_shared_by_kernel(a: Mapping[str, Any], key: fx.Node, values: fx.Node) ->
     return _chosen_kernel(*sizes, *kinds, a["is_causal"]) > SDPBackend.MATH.value
 
 
-@functools.cache
 def _chosen_kernel(
     heads: int, groups: int, tokens: int, wide: int, wide_values: int,
     dtype: torch.dtype, device: torch.device, mask: torch.dtype | None, causal: bool,
 ) -> int:  # fmt: skip
-    """What torch takes for heads that are shared; asked with small tensors, since those of a capture tell nothing."""
+    """What torch takes for heads that are shared; asked with small tensors, since those of a capture tell nothing.
+
+    Asked each time: `torch.nn.attention.sdpa_kernel` may allow other kernels now, or none that does it.
+    """
     with unset_fake_temporarily():
         q, k, v = (
             torch.empty(1, *size, dtype=dtype, device=device)
             for size in ((heads, tokens, wide), (groups, 64, wide), (groups, 64, wide_values))
         )
         bias = None if mask is None else torch.empty(1, 1, tokens, 64, dtype=mask, device=device)
-        return torch._fused_sdp_choice(q, k, v, bias, 0.0, causal, enable_gqa=True)
+        try:
+            return torch._fused_sdp_choice(q, k, v, bias, 0.0, causal, enable_gqa=True)
+        except RuntimeError:  # none of those that are allowed
+            return SDPBackend.ERROR.value
 
 
 def find_repeat(node: Any) -> Repeat | None:

@@ -74,6 +74,9 @@ def test_about_as_many_tokens_of_a_similar_weight_before_far_more_of_the_same(ta
     tune._save("op", ("int8", "4096x4096", 64), Width(4), 1e-6)
     tune._chosen.clear()
     assert [choose(m, "int8", "4096x4096").width for m in (16, 32, 64)] == [3, 4, 4]
+    tune._save("op", ("int8", "4096x4096", 32), Width(5), 1e-6)  # nearer than 1.5 doublings of the weight
+    tune._chosen.clear()
+    assert choose(16, "int8", "4096x4096") == Width(5)
 
 
 def test_a_small_one_does_not_serve_many_tokens(table) -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qfx.passes.discover.capture import capture
 from qfx.passes.lower import _attention as attention
@@ -83,6 +84,7 @@ def test_heads_that_share_keys_become_positions(form: Body, scale: float | None)
 
     f = Shared(body)
     assert f.shares() and Shared(body, batch=1).shares() and Shared(body, groups=1, heads=2).shares()
+    assert Shared(body, groups=3, heads=6).shares()  # as many heads on a key as there are keys would hide their order
     (node,) = f.gm.graph.find_nodes(op="call_function", target=attention.ATTENTION)
     assert node.meta["val"].shape == (3, GROUPS, 2, WIDE) and node.kwargs == ({"scale": scale} if scale else {})
     (out,) = f.gm.graph.output_node().all_input_nodes
@@ -105,6 +107,14 @@ def test_a_kernel_that_shares_heads_gets_them_as_they_are(case: str, monkeypatch
     (node,) = f.gm.graph.find_nodes(op="call_function", target=attention.ATTENTION)
     assert node.kwargs["enable_gqa"] and node.kwargs.get("scale") == given.get("scale")
     assert "aten.reshape.default" not in {str(n.target) for n in f.gm.graph.nodes}
+
+
+def test_kernels_that_are_not_allowed_are_not_taken() -> None:
+    given = 4, 2, 1, WIDE, WIDE, torch.float32, torch.device("cpu"), None, False
+    assert attention._chosen_kernel(*given) == SDPBackend.FLASH_ATTENTION.value
+    for allowed in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION):  # the second is none for a CPU: torch raises
+        with sdpa_kernel(allowed):
+            assert attention._chosen_kernel(*given) <= SDPBackend.MATH.value
 
 
 @pytest.mark.gpu
