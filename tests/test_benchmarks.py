@@ -133,6 +133,16 @@ def test_whole_models_are_quantized_and_get_their_kernels(way: str, smaller: boo
     assert (made.row["weights"] < plain.row["weights"]) == smaller == made.row.get("lowered", "").startswith("lowered")
 
 
+@pytest.mark.parametrize("way", ["modules:W4A16", "fused:W8A8"])
+def test_a_head_is_quantized_if_the_way_says_so(way: str) -> None:
+    sizes = []
+    for name in (way, f"{way}+head"):
+        made = variants.Variant("tiny-llama", name, 2, "eager", "cpu")
+        made.build()
+        sizes.append(made.row["weights"])
+    assert sizes[0] - sizes[1] > 256 * 256 * 0.9  # bf16 becomes 8 bits or fewer
+
+
 def test_a_way_that_is_none_is_refused() -> None:
     with pytest.raises(SystemExit, match="no way 'gguf:Q4'"):
         variants.Variant("tiny-llama", "gguf:Q4", 2, "eager", "cpu")

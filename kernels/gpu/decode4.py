@@ -65,6 +65,17 @@ def int4_to_float(words, zero, F16: tl.constexpr):
     return tl.join(tl.join(a0, a1), tl.join(a2, a3)).permute(0, 3, 2, 1).reshape(words.shape[0], 128)
 
 
+HALVES = tl.constexpr("{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }")
+"""PTX: both nibbles of each byte of $2, as 16 times an int8."""
+HALVES_LESS_ZERO = tl.constexpr(
+    "{ .reg .b32 t, u;"
+    "lop3.b32 t, $2, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $0, t, 0x80808080; shr.b32 u, $2, 4;"
+    "lop3.b32 t, u, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $1, t, 0x80808080; }"
+)
+"""PTX: both nibbles, less the byte of $3. 128 + nibble - zero stays in 113..143, so that no byte borrows from its
+neighbour; then the sign bit is flipped."""
+
+
 @triton.jit
 def int4_to_int8(octets, zero, ZERO: tl.constexpr):
     """uint8 `[n, 64]` of layout `halves` as int8.
@@ -81,14 +92,8 @@ def int4_to_int8(octets, zero, ZERO: tl.constexpr):
             low = ((p << 4) & 255).to(tl.int8)
             high = (p & 240).to(tl.int8)
     elif ZERO:
-        # 128 + nibble - zero stays in 113..143: no byte borrows from its neighbour; then the sign bit is flipped
         low, high = tl.inline_asm_elementwise(
-            asm="""{
-            .reg .b32 t, u;
-            lop3.b32 t, $2, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $0, t, 0x80808080;
-            shr.b32 u, $2, 4;
-            lop3.b32 t, u, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $1, t, 0x80808080;
-            }""",
+            asm=HALVES_LESS_ZERO,
             constraints="=r,=r,r,r",
             args=[octets, zero],
             dtype=(tl.int8, tl.int8),
@@ -97,7 +102,7 @@ def int4_to_int8(octets, zero, ZERO: tl.constexpr):
         )
     else:
         low, high = tl.inline_asm_elementwise(
-            asm="{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }",
+            asm=HALVES,
             constraints="=r,=r,r",
             args=[octets],
             dtype=(tl.int8, tl.int8),

@@ -25,7 +25,7 @@ from qfx.kernels.gpu.pdl import launch_next, wait_for_previous
 from qfx.kernels.gpu.tune import bucket, pick
 from qfx.kernels.gpu.w4_config import Config, candidates, default
 from qfx.kernels.gpu.w4_few import load_x
-from qfx.kernels.gpu.w4_forms import run_direct, run_specialized, takes_direct, takes_specialized
+from qfx.kernels.gpu.w4_forms import run_form, takes_direct, takes_specialized
 
 
 @triton.jit
@@ -298,11 +298,8 @@ def w4(
         if config.chunk:
             by_cublas(x, words, scale, zero, table, bias, y, group, decoder, config.chunk)
             return
-        if config.specialized >= 0:
-            run_specialized(config, x, x_scale, words.view(torch.uint8), scale, zero, bias, y, rows, group, decoder)
-            return
-        if config.direct:
-            run_direct(config, x, x_scale, tiles, scale, zero, bias, y, rows, group, decoder, flags)
+        if config.direct or config.specialized >= 0:
+            run_form(config, x, x_scale, words.view(torch.uint8), scale, zero, bias, y, rows, group, decoder, flags)
             return
         if config.shared:
             shape = config.warps, config.bn, config.stages, config.registers

@@ -17,7 +17,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qfx.kernels.gpu.decode4 import Decoder
+from qfx.kernels.gpu.decode4 import HALVES, HALVES_LESS_ZERO, Decoder
+from qfx.kernels.gpu.gluon_lookup import lookup
 from qfx.kernels.gpu.launch import Launcher
 
 
@@ -29,29 +30,10 @@ def _nibble(plane: int, f16: bool) -> str:
     return f"{{ .reg .b32 t, one; mov.b32 one, {one}; {shift} {body} }}"
 
 
-_HALVES = "{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }"
-"""PTX: both nibbles of each byte of $2, as 16 times an int8."""
-_HALVES_LESS_ZERO = (
-    "{ .reg .b32 t, u;"
-    "lop3.b32 t, $2, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $0, t, 0x80808080; shr.b32 u, $2, 4;"
-    "lop3.b32 t, u, 0x0f0f0f0f, 0x80808080, 0xEA; sub.u32 t, t, $3; xor.b32 $1, t, 0x80808080; }"
-)
-"""PTX: both nibbles, less the byte of $3: no byte borrows from its neighbour, as in `decode4.int4_to_int8`."""
-
-
 @gluon.jit
 def _plane(w, z, ASM: gl.constexpr, PLANE: gl.constexpr):
     TEXT: gl.constexpr = ASM[PLANE]
     return gl.inline_asm_elementwise(TEXT, "=r,r,r", [w, z], z.dtype, True, 2)
-
-
-@gluon.jit
-def _lookup(w, FLOAT: gl.constexpr, ASM: gl.constexpr):
-    TEXT: gl.constexpr = ASM[0]
-    a, b, c, d = gl.inline_asm_elementwise(
-        TEXT, "=r,=r,=r,=r,r", [w], (gl.int16, gl.int16, gl.int16, gl.int16), True, 2
-    )
-    return a.to(FLOAT, bitcast=True), b.to(FLOAT, bitcast=True), c.to(FLOAT, bitcast=True), d.to(FLOAT, bitcast=True)
 
 
 @gluon.jit
@@ -208,7 +190,7 @@ def _w4_direct(
             x0, x1 = _tokens(xp, at, K, EVEN), _tokens(xp + 32, at + 32, K, EVEN)
             x2, x3 = _tokens(xp + 64, at + 64, K, EVEN), _tokens(xp + 96, at + 96, K, EVEN)
             if KIND == "table":
-                a0, a1, a2, a3 = _lookup(codes, FLOAT, ASM)
+                a0, a1, a2, a3 = lookup(codes, ASM, FLOAT)
             else:
                 z0 = gl.full([B, R, SPAN], -ONES - 8.0, FLOAT, CODES)
                 z1 = z0
@@ -284,7 +266,7 @@ def launcher(
     if decoder.kind == "int4":
         asm = tuple(_nibble(plane, f16) for plane in range(4))
     elif decoder.kind == "int4_int8":
-        asm = (_HALVES_LESS_ZERO if zero else _HALVES,)
+        asm = ((HALVES_LESS_ZERO if zero else HALVES).value,)
     return Launcher(
         _w4_direct, KIND=decoder.kind, ASM=asm, FLOAT=gl.float16 if f16 else gl.bfloat16, ONES=1024.0 if f16 else 128.0,
         FACTOR=decoder.factor, GROUP=group, ZERO=zero, SCALED=scaled, BIAS=bias, W=warps, U=unroll, R=rows,

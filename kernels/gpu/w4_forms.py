@@ -25,7 +25,18 @@ def takes_direct(tokens: int, group: int, decoder: Decoder) -> bool:
     return w4_direct.takes(tokens, group, decoder)
 
 
-def run_direct(
+def takes_specialized(x: Tensor, rows: int, group: int, zero: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether `w4_large` does, or `w4a8_large` for activations of 8 bits."""
+    try:
+        from qfx.kernels.gpu import w4_large, w4a8_large
+    except ImportError:  # a Triton without Gluon, or with another one
+        return False
+    if x.dtype.itemsize == 1:
+        return w4a8_large.supports(x, rows, group, zero, dtype) is None
+    return w4_large.supports(x, rows, group) is None
+
+
+def run_form(
     config: Config,
     x: Tensor,
     x_scale: Tensor | None,
@@ -39,51 +50,30 @@ def run_direct(
     decoder: Decoder,
     flags: tuple[bool, bool, bool, bool],
 ) -> None:
-    """`w4_direct`; arguments as those of `w4.w4`, with the output and which operands there are."""
-    from qfx.kernels.gpu import w4_direct
+    """The form that a configuration names.
 
-    tokens, columns = x.shape
-    shape = config.warps, config.unroll, config.bn, config.stages > 1, config.registers
-    even = columns % (128 * config.warps * config.unroll) == 0
-    w4_direct.launcher(shape, decoder, group, (*flags, even), capability(x.device) >= 90)(
-        (-(-rows // config.bn), 1, 1), x, x_scale, tiles.view(torch.int32), scale, zero, bias, y,
-        tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
-    )  # fmt: skip
-
-
-def takes_specialized(x: Tensor, rows: int, group: int, zero: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether `w4_large` does, or `w4a8_large` for activations of 8 bits."""
-    try:
-        from qfx.kernels.gpu import w4_large, w4a8_large
-    except ImportError:  # a Triton without Gluon, or with another one
-        return False
-    if x.dtype.itemsize == 1:
-        return w4a8_large.supports(x, rows, group, zero, dtype) is None
-    return w4_large.supports(x, rows, group) is None
-
-
-def run_specialized(
-    config: Config,
-    x: Tensor,
-    x_scale: Tensor | None,
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    rows: int,
-    group: int,
-    decoder: Decoder,
-) -> None:
-    """`w4_large` or `w4a8_large`."""
-    from qfx.kernels.gpu import w4_large, w4a8_large
-
+    Arguments as those of `w4.w4`; besides, the output, and which operands there are.
+    """
     whole, programs = config.split == 1, config.specialized
-    if x_scale is None:
+    if config.direct:
+        from qfx.kernels.gpu import w4_direct
+
+        tokens, columns = x.shape
+        shape = config.warps, config.unroll, config.bn, config.stages > 1, config.registers
+        even = columns % (128 * config.warps * config.unroll) == 0
+        w4_direct.launcher(shape, decoder, group, (*flags, even), capability(x.device) >= 90)(
+            (-(-rows // config.bn), 1, 1), x, x_scale, tiles.view(torch.int32), scale, zero, bias, y,
+            tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
+        )  # fmt: skip
+    elif x_scale is None:
+        from qfx.kernels.gpu import w4_large
+
         cut = w4_large.Config(
             config.bt or 128, config.stages or 3, config.tokens, whole, programs, config.bn or 256
         )  # zeros are of tables that were made before there was a choice
         w4_large.w4_large(x, tiles, scale, zero, bias, rows, group, cut, y, decoder.asm)
     else:
+        from qfx.kernels.gpu import w4a8_large
+
         cut8 = w4a8_large.Config(config.bt, config.stages, config.tokens, whole, programs)
         w4a8_large.w4a8_large(x, x_scale, tiles, scale, bias, rows, group, y.dtype, cut8, y)

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from qfx.kernels.gpu.gluon_lookup import lookup
 from qfx.kernels.gpu.launch import Launcher, capability
 from qfx.kernels.gpu.parts import counters
 from qfx.kernels.gpu.pieces import _halves, async_load, finish, piece, pieces, place
@@ -52,16 +53,6 @@ def _decode(words, zero, scale, rest, DOT: gl.constexpr, ASM: gl.constexpr, PLAN
 def _times(kind: str) -> str:
     """PTX: $1 times $2 + $3."""
     return f"{{ .reg .b32 t; mul.{kind}x2 t, $1, $3; fma.rn.{kind}x2 $0, $1, $2, t; }}"
-
-
-@gluon.jit
-def _lookup(words, ASM: gl.constexpr, FLOAT: gl.constexpr):
-    """The values of the four nibbles of each int16 of layout `pairs`, 32 columns apart."""
-    TEXT: gl.constexpr = ASM[0]
-    a, b, c, d = gl.inline_asm_elementwise(
-        TEXT, "=r,=r,=r,=r,r", [words], (gl.int16, gl.int16, gl.int16, gl.int16), True, 2
-    )
-    return a.to(FLOAT, bitcast=True), b.to(FLOAT, bitcast=True), c.to(FLOAT, bitcast=True), d.to(FLOAT, bitcast=True)
 
 
 @gluon.jit
@@ -170,7 +161,7 @@ def _multiply(
                 # a half of the words has 16 of each 32 columns; tables give four operands at once
                 if TABLE:
                     if i % 4 == 0:
-                        values = _lookup(low if i == 0 else high, ASM, FLOAT)
+                        values = lookup(low if i == 0 else high, ASM, FLOAT)
                     if i % 4 < 2:
                         a = _scaled(values[i % 4], scale, rest, DOT, ASM, SCALED)
                     else:

@@ -154,6 +154,25 @@ def test_a_wrong_nibble_is_seen(config) -> None:
     assert worst(y, case.x, case.weight.dequantize(), case.bias) > 1
 
 
+@pytest.mark.parametrize("form", [gpu.Config(16, 8, 1, 4, 1, direct=True), gpu.Config(0, 128, 2, 0, 3, specialized=0)])
+def test_what_is_measured_reads_the_weight_that_it_is_given(form, monkeypatch) -> None:
+    case = make_case((3,), 256, 128, "W4A16_G128", torch.bfloat16)
+    parts, runs, read = prepared(case, w4a16_linear), [], []
+
+    def pick(op, key, rule, candidates, run, weight):
+        runs.append(run)
+        return gpu.Config(64, 16, 1, 4, 3)
+
+    monkeypatch.setattr(gpu, "pick", pick)
+    monkeypatch.setattr(gpu, "run_form", lambda config, x, x_scale, tiles, *_: read.append(tiles.data_ptr()))
+    gpu.w4(case.x.to(DEVICE), parts["tiles"], parts["scale"], None, None, 128, 128, decode4.INT4)
+    copy = (
+        parts["tiles"].clone().view(torch.int16)
+    )  # measuring takes turns between copies, so that none is in the cache
+    runs[0](form, copy)
+    assert read == [copy.data_ptr()]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", LARGER, ids=str)
 @pytest.mark.parametrize("scheme", ["W4A16_G128", "W4A16_ASYM_G128", "W4A16_G64", "W4A16_ASYM_G32", "W4A16_CHANNEL"])

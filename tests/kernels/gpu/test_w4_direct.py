@@ -48,9 +48,9 @@ def cases(schemes: list[str]) -> list:
 def ran(request, monkeypatch) -> list[bool]:
     """The configuration; it fills when the kernel ran."""
     kept: list[bool] = []
-    run = gpu.run_direct
+    run = gpu.run_form
     monkeypatch.setattr(gpu, "pick", lambda *_: request.param)
-    monkeypatch.setattr(gpu, "run_direct", lambda *a: (kept.append(True), run(*a)))
+    monkeypatch.setattr(gpu, "run_form", lambda config, *a: (kept.append(config.direct), run(config, *a)))
     return kept
 
 
