@@ -120,7 +120,7 @@ def dequantize(
         signed: whether packed codes are two's complement; those of a codebook are not.
         table: the name of the codebook, or "": a code is its own value.
         scale_scale: float32 `[..., blocks]` of quantized scales, or None.
-        scale_block: how many scales share one of those, or -1.
+        scale_block: how many scales share one of those, or -1: those of a row, or all, by how many of them there are.
 
     Returns:
         float32 `[..., out, in]`.
@@ -237,7 +237,7 @@ def empty_store(
     inner = spec.scale
     second = None
     if inner is not None:
-        second = torch.ones(blocks_of_scales(scales, inner.block[1]), device=device, dtype=torch.float32)
+        second = torch.ones(blocks_of_scales(scales, inner), device=device, dtype=torch.float32)
     return {
         "codes": codes,
         "scale": torch.ones(scales, device=device).to(torch.float32 if inner is None else inner.grid.dtype),

@@ -65,7 +65,7 @@ def wna16_linear(
         signed: whether packed codes are two's complement.
         table: the name of the codebook, or "": a code is its own value.
         scale_scale: float32 `[blocks]` of quantized scales, or None.
-        scale_block: how many scales share one of those, or -1.
+        scale_block: how many scales share one of those, or -1 for those of a row, or all.
 
     Returns:
         `[..., out]` of x's dtype.

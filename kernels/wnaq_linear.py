@@ -65,7 +65,7 @@ def wnaq_linear(
         per_tensor: a dynamic input has one scale, not one for each token.
         table: the name of the weight's codebook, or "": a code is its own value.
         scale_scale: float32 `[blocks]` of quantized scales of the weight, or None.
-        scale_block: how many scales share one of those, or -1.
+        scale_block: how many scales share one of those, or -1 for those of a row, or all.
 
     Returns:
         `[..., out]` of x's dtype.

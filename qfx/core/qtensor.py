@@ -63,7 +63,7 @@ class QTensor:
         if inner is None:
             extra += 32 * scales
         else:
-            extra += inner.grid.bits * scales + 32 * blocks_of_scales(self.scale.shape, inner.block[1]).numel()
+            extra += 8 * inner.grid.dtype.itemsize * scales + 32 * blocks_of_scales(self.scale.shape, inner).numel()
         return self.spec.grid.bits + extra / max(self.codes.numel(), 1)
 
 
@@ -111,10 +111,12 @@ def _divide(x: Tensor, by: float) -> Tensor:
     return x / torch.full_like(x, by)
 
 
-def blocks_of_scales(shape: torch.Size, block: int) -> torch.Size:
-    """The shape of the second scales of scales `[..., rows, groups]`: one for `block` neighbours in memory."""
-    count = shape[-2] * shape[-1]
-    return torch.Size((*shape[:-2], 1 if block == -1 else -(-count // block)))
+def blocks_of_scales(shape: torch.Size, inner: QSpec) -> torch.Size:
+    """The shape of the second scales of scales `[..., rows, groups]`: one for each block of `QSpec.scale`."""
+    rows, groups = shape[-2:]
+    if inner.block[1] == -1:
+        return torch.Size((*shape[:-2], 1 if inner.block[0] == -1 else rows))
+    return torch.Size((*shape[:-2], -(-rows * groups // inner.block[1])))
 
 
 def quantize_scale(scale: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
@@ -133,8 +135,8 @@ def quantize_scale(scale: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
     inner = spec.scale
     assert inner is not None and not isinstance(inner.grid, Codebook)
     flat = scale.float().flatten(-2)
-    shape = blocks_of_scales(scale.shape, inner.block[1])
-    size = flat.shape[-1] if inner.block[1] == -1 else inner.block[1]
+    shape = blocks_of_scales(scale.shape, inner)
+    size = flat.shape[-1] // shape[-1] if inner.block[1] == -1 else inner.block[1]
     blocks = F.pad(flat, (0, -flat.shape[-1] % size)).unflatten(-1, (shape[-1], size))
     top = blocks.amax(-1)
     second = scale_from_range(torch.zeros_like(top), top, inner)[0].view(torch.int32)
@@ -144,10 +146,14 @@ def quantize_scale(scale: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_scale(codes: Tensor, second: Tensor, block: int) -> Tensor:
-    """float32 scales `[..., rows, groups]` from what `quantize_scale` gives; `block` is that of `spec.scale`."""
+    """float32 scales `[..., rows, groups]` from what `quantize_scale` gives.
+
+    `block` is how many scales share a second one, or -1: those of a row, or all, by how many second ones there are.
+    """
     flat = codes.to(torch.float32).flatten(-2)
-    if block != -1:
-        second = second.repeat_interleave(block, -1)[..., : flat.shape[-1]]
+    size = flat.shape[-1] // second.shape[-1] if block == -1 else block
+    if second.shape[-1] != 1:
+        second = second.repeat_interleave(size, -1)[..., : flat.shape[-1]]
     return (flat * second).view(codes.shape)
 
 

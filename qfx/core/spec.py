@@ -32,8 +32,8 @@ class QSpec:
         symmetric: no zero point. Asymmetric needs an unsigned grid.
         dynamic: the scale is computed from the tensor at run time (activations only).
         scale: how the scales are quantized themselves (double quantization; weights only), or None: they are float32.
-            Its block (1, n) is n scales that follow each other in memory, (-1, -1) all of them. Scales are positive:
-            an asymmetric integer grid has no zero point to store then.
+            Its block (1, n) is n scales that follow each other in memory, (1, -1) those of a row, (-1, -1) all of them.
+            Scales are positive: an asymmetric integer grid has no zero point to store then.
     """
 
     grid: Grid
@@ -54,10 +54,11 @@ class QSpec:
             return
         if self.dynamic or not self.symmetric:
             raise ValueError("spec: scales of dynamic and of asymmetric specs are not quantized")
-        if inner.dynamic or inner.scale or not (inner.grid == Int(8, signed=False) or isinstance(inner.grid, Float)):
-            raise ValueError("spec: scales are quantized on the asymmetric grid of uint8 or on a float8 grid")
+        whole = isinstance(inner.grid, Int) and not inner.grid.signed
+        if inner.dynamic or inner.scale or not (whole or isinstance(inner.grid, Float)):
+            raise ValueError("spec: scales are quantized on an asymmetric grid of integers or on a float8 grid")
         if inner.block[0] != 1 and inner.block != (-1, -1):
-            raise ValueError(f"spec: scales in blocks of {inner.block}; use (1, n), or (-1, -1) for all of them")
+            raise ValueError(f"spec: scales in blocks of {inner.block}; use (1, n), (1, -1) for rows, (-1, -1) for all")
 
     def groups(self, columns: int) -> int:
         """How many scales one row of `columns` values has; raises ValueError if the block does not divide them."""
@@ -100,7 +101,13 @@ class Scheme:
     input: QSpec | None = None
 
     def with_group(self, group_size: int) -> Scheme:
-        """The same scheme with another group size (-1: one scale for each output channel)."""
+        """The same scheme with another group size (-1: one scale for each output channel).
+
+        Raises:
+            RecipeError: the scales are multiples of one for each row already.
+        """
+        if group_size == -1 and self.weight.scale is not None and self.weight.scale.block == (1, -1):
+            raise RecipeError("recipe: group_size is -1, but '_DQ' quantizes the scales of groups; drop '_DQ'")
         return replace(self, weight=replace(self.weight, block=(1, group_size)))
 
     def to_dict(self) -> dict[str, object]:
@@ -122,6 +129,13 @@ class Scheme:
 DOUBLE = QSpec(Int(8, signed=False), (1, 256), symmetric=False)
 """Scales of 8 bits in blocks of 256, as in QLoRA (arXiv 2305.14314, section 3)."""
 
+MULTIPLES = QSpec(Int(4, signed=False), (1, -1), symmetric=False)
+"""Scales that are 1 to 15 times one of their row, as in QoQ (arXiv 2405.04532, section 4.1).
+
+A code of 4 bits times such a number fits in 8 bits: a product with int8 activations is a sum of integers over a whole
+row.
+"""
+
 PRESETS = {
     "INT8": "W8A8",
     "FP8": Scheme(QSpec(E4M3, (-1, -1)), QSpec(E4M3, (-1, -1))),
@@ -137,7 +151,7 @@ PRESETS = {
 _TABLES = {"NF4": "nf4", "FP4": "e2m1", "FP4_BNB": "fp4_bnb"}
 _TABLE_NAME = re.compile(r"(?P<table>NF4|FP4_BNB|FP4)(?P<double>_DQ)?(?:_G(?P<group>[1-9]\d*)|(?P<channel>_CHANNEL))?")
 _NAME = re.compile(
-    r"W(?P<w>\d+)A(?P<a>\d+)(?P<flags>(?:_(?:ASYM|STATIC|STATIC_ASYM|TENSOR|CHANNEL|G\d+))*)", re.IGNORECASE
+    r"W(?P<w>\d+)A(?P<a>\d+)(?P<flags>(?:_(?:ASYM|STATIC|STATIC_ASYM|TENSOR|CHANNEL|DQ|G\d+))*)", re.IGNORECASE
 )
 
 
@@ -147,7 +161,8 @@ def parse_scheme(name: str) -> Scheme:
     `W<bits>A<bits>`: weights of 1 to 8 bits, activations of 2 to 8, or 16 for float. Weights of 8 bits with quantized
     activations have a scale per output channel; other widths below 8 have groups of 128. Activations have a dynamic
     scale per token. Suffixes: `_ASYM` (weights with zero points), `_STATIC` (per-tensor activation scales from
-    calibration), `_STATIC_ASYM` (those with a zero point), `_G<size>`, `_CHANNEL`, `_TENSOR` (the weight's block).
+    calibration), `_STATIC_ASYM` (those with a zero point), `_G<size>`, `_CHANNEL`, `_TENSOR` (the weight's block),
+    `_DQ` (the scales of groups are whole multiples of one of their row).
 
     `NF4`, `FP4` (E2M1), `FP4_BNB` (the table of bitsandbytes): weights of 4 bits in groups of 64, float activations.
     Suffixes, in this order: `_DQ` (the scales are quantized, too), `_G<size>` or `_CHANNEL`.
@@ -196,7 +211,11 @@ def parse_scheme(name: str) -> Scheme:
     if block[1] == 0:
         raise RecipeError(f"recipe: scheme {name!r} has a group of 0; use a positive group size")
     grid = Int(w, signed=not asym_weight, narrow=w == 8 and not asym_weight)
-    weight = QSpec(grid, block, symmetric=not asym_weight)
+    double = "DQ" in given
+    if double and (asym_weight or block[1] == -1):
+        has = "zero points" if asym_weight else "no groups"
+        raise RecipeError(f"recipe: scheme {name!r} has {has}; '_DQ' is for groups without zero points: 'W4A8_DQ_G128'")
+    weight = QSpec(grid, block, symmetric=not asym_weight, scale=MULTIPLES if double else None)
     if a == 16:
         return Scheme(weight)
     x_grid = Int(a, signed=not asym_input, narrow=not asym_input)
@@ -243,7 +262,7 @@ def scheme_label(scheme: Scheme) -> str:
             if parse_scheme(name) == scheme:
                 return name
     base = f"W{scheme.weight.grid.bits}A{scheme.input.grid.bits if scheme.input else 16}"
-    for weight in ("", "_ASYM"):
+    for weight in ("", "_ASYM", "_DQ"):
         for block in ("", "_CHANNEL", "_TENSOR", *((f"_G{size}",) if size > 0 else ())):
             for x in ("", "_STATIC", "_STATIC_ASYM"):
                 with contextlib.suppress(RecipeError):  # not every combination is a scheme

@@ -20,7 +20,7 @@ from qfx.core.qtensor import (
     spread,
     stored_scale,
 )
-from qfx.core.spec import QSpec, parse_scheme
+from qfx.core.spec import MULTIPLES, QSpec, parse_scheme
 
 GRIDS = {
     "int8": Int(8),
@@ -50,6 +50,8 @@ NESTED = {
     "e2m1": QSpec(Codebook("e2m1"), (1, 8), scale=QSpec(E4M3, (-1, -1))),
     "int4": QSpec(Int(4), (1, 8), scale=QSpec(E5M2, (1, 7))),
     "int8": QSpec(Int(8), (-1, -1), scale=UINT8_SCALES),
+    "int4_rows": QSpec(Int(4), (1, 8), scale=MULTIPLES),
+    "int3_rows": QSpec(Int(3), (1, 4), scale=QSpec(E4M3, (1, -1))),
 }
 """Scales that are quantized themselves."""
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -221,6 +223,7 @@ def test_dynamic_scales_are_those_of_a_token_or_of_the_tensor(name: str) -> None
         (SPECS["nf4-group"], 4 + 32 / 8),
         (NESTED["nf4"], 4 + 8 / 8 + 32 * 4 / (IN * OUT)),
         (NESTED["e2m1"], 4 + 8 / 8 + 32 / (IN * OUT)),
+        (NESTED["int4_rows"], 4 + 8 / 8 + 32 / IN),  # 4 bits of a scale are stored as a byte
     ],
 )
 def test_bits_per_weight_count_scales_and_zeros(spec: QSpec, bits: float) -> None:
@@ -255,7 +258,7 @@ def test_scales_are_quantized_in_blocks(spec: QSpec, lead: tuple[int, ...]) -> N
     fine, _ = scale_from_range(blocks.amin(-1), blocks.amax(-1), spec)
     q, (codes, second) = encode_minmax(w, spec), quantize_scale(fine, spec)
     rows, groups = fine.shape[-2:]
-    size = rows * groups if inner.block[1] == -1 else inner.block[1]
+    size = {(-1, -1): rows * groups, (1, -1): groups}.get(inner.block, inner.block[1])
     assert codes.dtype == inner.grid.dtype and codes.shape == fine.shape
     assert second.shape == (*lead, -(-rows * groups // size)) and second.dtype == torch.float32
     values = inner.grid.decode(codes).double().flatten(-2)
@@ -263,7 +266,8 @@ def test_scales_are_quantized_in_blocks(spec: QSpec, lead: tuple[int, ...]) -> N
     assert torch.equal(q.scale.double().flatten(-2), values * factors)  # exact, without a rounding
     # the largest of a block has the largest code, and all have the nearest but 0
     every = inner.grid.decode(torch.arange(256, dtype=torch.uint8).view(inner.grid.dtype)).double()
-    every = every[every.isfinite() & (every > 0)]
+    largest = inner.grid.hi if isinstance(inner.grid, Int) else inner.grid.reach
+    every = every[every.isfinite() & (every > 0) & (every <= largest)]
     for scales, chosen, factor in zip(*(t.reshape(-1, rows * groups) for t in (fine, values, factors)), strict=True):
         for i in range(0, rows * groups, size):
             part = slice(i, i + size)
@@ -285,6 +289,21 @@ def test_scales_are_quantized_in_blocks(spec: QSpec, lead: tuple[int, ...]) -> N
     if lead:
         each = torch.stack([encode_minmax(expert, spec).scale for expert in w])
         assert torch.equal(each, q.scale)
+
+
+def test_scales_are_multiples_of_one_of_their_row() -> None:
+    spec = parse_scheme("W4A8_DQ_G32").weight
+    w = torch.randn(16, 256) * torch.logspace(-3, 3, 16)[:, None] * torch.rand(16, 8).repeat_interleave(32, 1)
+    q = encode_minmax(w, spec)
+    multiples, second = quantize_scale(q.scale, spec)
+    assert second.shape == (16,) and q.scale.equal(multiples * second[:, None])
+    assert bool((multiples >= 1).all()) and bool((multiples.amax(1) == 15).all())
+    assert (q.codes.int() * multiples.repeat_interleave(32, 1)).abs().max() <= 127  # what fits in int8
+    # a row is on its own: another one's size changes nothing, as it would where all share a second scale
+    w[3] *= 1000
+    for inner, alike in ((MULTIPLES, True), (replace(MULTIPLES, block=(-1, -1)), False)):
+        before, after = (encode_minmax(t, replace(spec, scale=inner)).scale[4] for t in (w, w[4:5].expand(16, -1)))
+        assert torch.equal(before, after) == alike
 
 
 def test_double_quantization_costs_next_to_nothing() -> None:

@@ -2,12 +2,13 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
 from qfx.core.errors import RecipeError
 from qfx.core.grid import E4M3, E5M2, Codebook, Int
-from qfx.core.spec import PRESETS, QSpec, Scheme, parse_scheme, scheme_from, scheme_label
+from qfx.core.spec import MULTIPLES, PRESETS, QSpec, Scheme, parse_scheme, scheme_from, scheme_label
 
 TOKEN = QSpec(Int(8, narrow=True), (1, -1), dynamic=True)
 STATIC = QSpec(Int(8, narrow=True), (-1, -1))
@@ -43,6 +44,12 @@ SCHEMES = {
     "FP8_E5M2": Scheme(QSpec(E5M2, (-1, -1)), QSpec(E5M2, (-1, -1))),
     "FP8_E5M2_DYNAMIC": Scheme(QSpec(E5M2), QSpec(E5M2, dynamic=True)),
     "W4AFP8": Scheme(QSpec(Int(4), (1, 128)), QSpec(E4M3, dynamic=True)),
+    "W4A8_DQ": Scheme(QSpec(Int(4), (1, 128), scale=MULTIPLES), TOKEN),
+    "w4a8_dq_g64": Scheme(QSpec(Int(4), (1, 64), scale=MULTIPLES), TOKEN),
+    "W4A8_G64_DQ": Scheme(QSpec(Int(4), (1, 64), scale=MULTIPLES), TOKEN),
+    "W4A8_DQ_STATIC_ASYM": Scheme(QSpec(Int(4), (1, 128), scale=MULTIPLES), STATIC_ASYM),
+    "W4A16_DQ": Scheme(QSpec(Int(4), (1, 128), scale=MULTIPLES)),
+    "W8A8_DQ_G32": Scheme(QSpec(Int(8, narrow=True), (1, 32), scale=MULTIPLES), TOKEN),
     "NF4": Scheme(QSpec(NF4, (1, 64))),
     "nf4_g32": Scheme(QSpec(NF4, (1, 32))),
     "NF4_DQ": Scheme(QSpec(NF4, (1, 64), scale=SCALES)),
@@ -55,9 +62,14 @@ SCHEMES = {
 ALL = [
     f"W{w}A{a}{asym}{block}{x}"
     for w, a, asym, block, x in itertools.product(
-        range(1, 9), (2, 8, 16), ("", "_ASYM"), ("", "_CHANNEL", "_TENSOR", "_G16"), ("", "_STATIC", "_STATIC_ASYM")
+        range(1, 9),
+        (2, 8, 16),
+        ("", "_ASYM", "_DQ"),
+        ("", "_CHANNEL", "_TENSOR", "_G16"),
+        ("", "_STATIC", "_STATIC_ASYM"),
     )
-    if not (a == 16 and x) and not (w == 1 and not asym)
+    if not (a == 16 and x) and not (w == 1 and asym != "_ASYM")
+    if asym != "_DQ" or block == "_G16" or (not block and w < 8)
 ]
 """Every kind of name that the grammar has."""
 GROUPED = QSpec(Int(4), (1, 32))
@@ -79,6 +91,11 @@ def test_a_name_stands_for_its_scheme(name: str) -> None:
         ("W4A16_STATIC", "static but keeps float"),
         ("W4A16_STATIC_ASYM", "static but keeps float"),
         ("W4A16_G0", "group of 0"),
+        ("W4A8_ASYM_DQ", "'W4A8_ASYM_DQ' has zero points; '_DQ' is for groups without zero points: 'W4A8_DQ_G128'"),
+        ("W8A8_DQ", "has no groups; '_DQ' is for groups"),
+        ("W4A8_CHANNEL_DQ", "has no groups; '_DQ' is for groups"),
+        ("W4A8_DQ_TENSOR", "has no groups; '_DQ' is for groups"),
+        ("W4A8_DQ_DQ", "DQ and DQ; use one"),
         ("W1A16", "round every weight to 0; use 'W1A16_ASYM'"),
         ("W4A16_G64_G32", "G64 and G32; use one"),
         ("W4A16_G64_CHANNEL", "G64 and CHANNEL; use one"),
@@ -122,6 +139,12 @@ def test_labels_are_names_of_the_scheme() -> None:
         (Scheme(QSpec(E4M3)), "e4m3 per row x float"),
         (Scheme(INT8, QSpec(Int(1), dynamic=True)), "int8 per row x int1 per row, dynamic"),
         (parse_scheme("NF4_G64"), "NF4"),
+        (parse_scheme("W4A8_G128_DQ"), "W4A8_DQ"),
+        (parse_scheme("W4A8_STATIC_G64_DQ"), "W4A8_DQ_G64_STATIC"),
+        (
+            Scheme(QSpec(NF4, (1, 64), scale=MULTIPLES), TOKEN),
+            "nf4 per 1 x 64, scales uint4 per row x int8 per row, dynamic",
+        ),
         (Scheme(QSpec(NF4, (1, 64)), TOKEN), "nf4 per 1 x 64 x int8 per row, dynamic"),
         (
             Scheme(QSpec(Codebook("e2m1"), (1, 16), scale=QSpec(E4M3, (-1, -1)))),
@@ -151,6 +174,7 @@ def test_forms_of_a_scheme() -> None:
     assert scheme_from({"preset": "W4A8", "group_size": -1}) == parse_scheme("W4A8_CHANNEL")
     assert scheme_from({"preset": "NF4_DQ", "group_size": 32}) == parse_scheme("NF4_DQ_G32")
     assert scheme.with_group(-1) == parse_scheme("W4A16_CHANNEL")
+    assert scheme_from({"preset": "W4A8_DQ", "group_size": 64}) == parse_scheme("W4A8_DQ_G64")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +187,7 @@ def test_forms_of_a_scheme() -> None:
         ({"preset": "W4A16", "group_size": -2}, "group_size is -2"),
         ({"preset": "W4A16", "group_size": True}, "group_size is True"),
         ({"preset": "W4A16", "group_size": "32"}, "group_size is '32'"),
+        ({"preset": "W4A8_DQ", "group_size": -1}, "'_DQ' quantizes the scales of groups; drop '_DQ'"),
         ({"preset": "W5"}, "unknown scheme 'W5'"),
         ({"weight": GROUPED.to_dict(), "bias": None}, r"unknown keys \['bias'\]"),
         ({"weight": 3}, "bad scheme"),
@@ -193,11 +218,15 @@ def test_what_is_no_form_of_a_scheme_is_refused(value: object, why: str) -> None
         (lambda: QSpec(NF4, symmetric=False), "asymmetric spec needs an unsigned integer"),
         (lambda: QSpec(NF4, (1, 64), dynamic=True, scale=SCALES), "scales of dynamic and of asymmetric"),
         (lambda: QSpec(Int(4, signed=False), symmetric=False, scale=SCALES), "scales of dynamic and of asymmetric"),
-        (lambda: QSpec(NF4, scale=QSpec(Int(8), (1, 256))), "asymmetric grid of uint8 or on a float8 grid"),
-        (lambda: QSpec(NF4, scale=QSpec(NF4, (1, 256))), "asymmetric grid of uint8 or on a float8 grid"),
-        (lambda: QSpec(NF4, scale=QSpec(E4M3, dynamic=True)), "asymmetric grid of uint8 or on a float8 grid"),
-        (lambda: QSpec(NF4, scale=QSpec(E4M3, scale=SCALES)), "asymmetric grid of uint8 or on a float8 grid"),
-        (lambda: QSpec(NF4, scale=QSpec(E4M3, (-1, 256))), r"scales in blocks of \(-1, 256\)"),
+        (lambda: QSpec(NF4, scale=QSpec(Int(8), (1, 256))), "asymmetric grid of integers or on a float8 grid"),
+        (lambda: QSpec(NF4, scale=QSpec(NF4, (1, 256))), "asymmetric grid of integers or on a float8 grid"),
+        (lambda: QSpec(NF4, scale=QSpec(E4M3, dynamic=True)), "asymmetric grid of integers or on a float8 grid"),
+        (lambda: QSpec(NF4, scale=QSpec(E4M3, scale=SCALES)), "asymmetric grid of integers or on a float8 grid"),
+        (
+            lambda: QSpec(NF4, scale=QSpec(E4M3, (-1, 256))),
+            r"scales in blocks of \(-1, 256\); use .* \(1, -1\) for rows",
+        ),
+        (lambda: QSpec(Int(4), (1, 64), scale=replace(MULTIPLES, block=(2, -1))), r"scales in blocks of \(2, -1\)"),
     ],
 )
 def test_what_no_quantizer_computes_is_refused(make: object, why: str) -> None:
