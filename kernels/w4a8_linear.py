@@ -27,6 +27,10 @@ CASES = [
     ((5,), 512, 9, "W3A8_G256"),
     ((7,), 128, 9, "W4AFP8"),
     ((4,), 256, 136, "W4AFP8"),
+    ((5,), 256, 17, "W4A8_DQ"),
+    ((3,), 256, 24, "W4A8_DQ_G64"),
+    ((2, 3), 640, 136, "W4A8_DQ"),
+    ((4,), 512, 9, "W3A8_DQ_G256"),
     ((0,), 128, 8, "W4A8"),
 ]
 """(leading dims, in_features, out_features, scheme)."""
@@ -41,6 +45,7 @@ def w4a8_gemm(
     tiles: Tensor,
     scale: Tensor,
     zero: Tensor | None,
+    second: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     group: int,
@@ -54,6 +59,8 @@ def w4a8_gemm(
         tiles: codes as `prepare` lays them out for that dtype, uint8 `[row tiles, column tiles, 128, 64]`.
         scale: float32 `[groups, 128 · row tiles]`.
         zero: uint8 of that shape, or None.
+        second: float32 `[128 · row tiles]`, or None. Of it the scales are whole multiples, 1 to 15: a kernel may sum
+            codes times multiples as integers over a whole row. `scale` holds the products.
         bias: `[out]` or None.
         out_features: `out`.
         group: columns of a group, or -1 for one group.
@@ -102,6 +109,7 @@ def _(
     tiles: Tensor,
     scale: Tensor,
     zero: Tensor | None,
+    second: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     group: int,
@@ -118,6 +126,7 @@ def _(
     tiles: Tensor,
     scale: Tensor,
     zero: Tensor | None,
+    second: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     group: int,
@@ -130,11 +139,11 @@ def _(
     from qfx.kernels.gpu.w4 import w4
 
     decoder = eight_bit_decoder(x.dtype, zero is not None)
-    return w4(x, tiles, scale, zero, bias, out_features, group, decoder, x_scale=x_scale, dtype=dtype)
+    return w4(x, tiles, scale, zero, bias, out_features, group, decoder, x_scale=x_scale, second=second, dtype=dtype)
 
 
 def _gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, x_scale, tiles, scale, zero, bias, out_features, group, _ = inputs
+    x, x_scale, tiles, scale, zero, _, bias, out_features, group, _ = inputs
     ctx.save_for_backward(x, x_scale, tiles, scale, zero)
     ctx.sizes = out_features, x.shape[-1], group, _layout(x.dtype)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -148,7 +157,7 @@ def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w = _weight(tiles, scale, zero, *ctx.sizes)
         scale_grad = ((grad @ w) * x.float()).sum(1, keepdim=True).reshape(x_scale.shape)
     bias_grad = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
-    return None, scale_grad, None, None, None, bias_grad, None, None, None
+    return None, scale_grad, None, None, None, None, bias_grad, None, None, None
 
 
 # codes are constants; what reaches their scales and the bias is exact
@@ -162,6 +171,7 @@ def w4a8_linear(
     scale: Tensor,
     zero: Tensor | None,
     order: Tensor | None,
+    second: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     group: int,
@@ -175,6 +185,7 @@ def w4a8_linear(
         scale: float32 `[groups, 128 · row tiles]`.
         zero: uint8 of that shape, or None.
         order: int32 `[in]`, the column of x for each column of the tiles, or None.
+        second: float32 `[128 · row tiles]` or None, as `w4a8_gemm` takes it.
         bias: `[out]` or None.
         out_features: `out`.
         group: columns of a group, or -1 for one group.
@@ -199,6 +210,7 @@ def _(
     scale: Tensor,
     zero: Tensor | None,
     order: Tensor | None,
+    second: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     group: int,
@@ -215,6 +227,7 @@ def _(
     scale: Tensor,
     zero: Tensor | None,
     order: Tensor | None,
+    second: Tensor | None,
     bias: Tensor | None,
     out_features: int,
     group: int,
@@ -222,19 +235,20 @@ def _(
 ) -> Tensor:
     float8, wide = x_grid == "e4m3", x.dtype not in (torch.bfloat16, torch.float16, torch.float32)
     if wide or (float8 and not has_float8(x.device)):
-        return body(w4a8_linear)(x, tiles, scale, zero, order, bias, out_features, group, x_grid)
+        return body(w4a8_linear)(x, tiles, scale, zero, order, second, bias, out_features, group, x_grid)
     from qfx.kernels.gpu.decode4 import eight_bit_decoder
     from qfx.kernels.gpu.gated_quantize import quantize_rows
     from qfx.kernels.gpu.w4 import w4
 
     codes, x_scale = quantize_rows(_ordered(x.reshape(-1, x.shape[-1]), order), x_grid)
     decoder = eight_bit_decoder(codes.dtype, zero is not None)
-    y = w4(codes, tiles, scale, zero, bias, out_features, group, decoder, x_scale=x_scale, dtype=x.dtype)
+    settings = {"x_scale": x_scale, "second": second, "dtype": x.dtype}
+    y = w4(codes, tiles, scale, zero, bias, out_features, group, decoder, **settings)
     return y.view(*x.shape[:-1], out_features)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, tiles, scale, zero, order, bias, out_features, group, x_grid = inputs
+    x, tiles, scale, zero, order, _, bias, out_features, group, x_grid = inputs
     ctx.save_for_backward(tiles, scale, zero, order)
     ctx.sizes = out_features, x.shape[-1], group, _layout_for(x_grid)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -246,7 +260,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     flat = grad.float().reshape(-1, grad.shape[-1])
     x_grad = nibbles.unordered(flat @ w, order).to(grad.dtype).reshape(*grad.shape[:-1], w.shape[1])
     bias_grad = None if ctx.bias_dtype is None else flat.sum(0).to(ctx.bias_dtype)
-    return x_grad, None, None, None, None, bias_grad, None, None, None
+    return x_grad, None, None, None, None, None, bias_grad, None, None, None
 
 
 # rounding counts as the identity (straight through), so that adapters train on a quantized base
@@ -272,8 +286,14 @@ def supports(scheme: Scheme, in_features: int, g_idx: bool = False) -> str | Non
 def prepare(
     stored: dict[str, Tensor | None], *, bits: int, in_features: int, signed: bool, x_grid: str
 ) -> dict[str, Tensor | None]:
-    """A stored weight in the kernel layout for activations of that grid: `tiles`, `scale`, `zero`, `order`."""
-    return nibbles.prepare(stored, _layout_for(x_grid), bits=bits, in_features=in_features, signed=signed, offset=0)
+    """A stored weight in the kernel layout for activations of that grid: `tiles`, `scale`, `zero`, `order`, `second`.
+
+    `stored` may have `second` float32 `[out]` as well, of which its scales are whole multiples, 1 to 15.
+    """
+    form = {"bits": bits, "in_features": in_features, "signed": signed, "offset": 0}
+    second = stored.get("second")
+    prepared = nibbles.prepare(stored, _layout_for(x_grid), **form)
+    return {**prepared, "second": None if second is None else nibbles.pad_scale(second[:, None], len(second))[0]}
 
 
 def restore(

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Linear, MakeLinear, Missing, Rows, Tensors, hadamard
-from qfx.core.qtensor import QTensor, encode_minmax
+from qfx.core.qtensor import QTensor, encode_minmax, quantize_scale
 from qfx.core.spec import parse_scheme
-from qfx.kernels.pack import store
+from qfx.kernels.pack import plain_scale, store
 from qfx.kernels.quantize_rows import quantize_activation
 
 OUTLIERS = 0.01
@@ -71,13 +71,22 @@ def nibbles(name: str, scheme: str, x_grid: str | None, quantized: bool = False)
         out, columns = w.shape
         module = importlib.import_module(f"qfx.kernels.{'w4a8_linear' if x_grid else name}")
         settings = {"x_grid": x_grid} if x_grid else {}
-        laid = module.prepare(store(q), bits=4, in_features=columns, signed=True, **settings)
-        weights, group = (laid["tiles"], laid["scale"]), columns // q.scale.shape[1]
-        if quantized:
-            tail = (None, None, out, group, w.dtype)
-            return Linear(weights, lambda x, v: call(*x, *v, *tail), quantizer(x_grid), values, x_grid)
-        tail = (None, None, None, out, group, *([x_grid] if x_grid else []))
-        return Linear(weights, lambda x, v: call(*x, *v, *tail), values=values, x_grid=x_grid)
+        given = plain_scale(store(q), q.spec)
+        if q.spec.scale is not None:
+            given["second"] = quantize_scale(q.scale, q.spec)[1]
+        laid = module.prepare(given, bits=4, in_features=columns, signed=True, **settings)
+        weights = tuple(t for key in ("tiles", "scale", "second") if (t := laid.get(key)) is not None)
+        group = columns // q.scale.shape[1]
+
+        def run(x: Tensors, v: Tensors) -> Tensor:
+            (tiles, scale), second = v[:2], v[2] if len(v) > 2 else None
+            if quantized:
+                return call(*x, tiles, scale, None, second, None, out, group, w.dtype)
+            if x_grid:
+                return call(*x, tiles, scale, None, None, second, None, out, group, x_grid)
+            return call(*x, tiles, scale, None, None, None, out, group)
+
+        return Linear(weights, run, quantizer(x_grid) if quantized else Linear.prepare, values, x_grid)
 
     return make
 
@@ -132,8 +141,10 @@ OPS: dict[str, tuple[str, MakeLinear]] = {
     "fp8_linear": ("fp8 linear", linear8("fp8_linear", "FP8_DYNAMIC", "e4m3", None)),
     "w4a16_linear": ("w4a16", nibbles("w4a16_linear", "W4A16", None)),
     "w4a8_linear": ("w4a8", nibbles("w4a8_linear", "W4A8", "int8_narrow")),
+    "w4a8_dq_linear": ("w4a8", nibbles("w4a8_linear", "W4A8_DQ", "int8_narrow")),
     "w4afp8_linear": ("w4a8", nibbles("w4a8_linear", "W4AFP8", "e4m3")),
     "w4a8_gemm": ("w4a8 gemm", nibbles("w4a8_gemm", "W4A8", "int8_narrow", True)),
+    "w4a8_dq_gemm": ("w4a8 gemm", nibbles("w4a8_gemm", "W4A8_DQ", "int8_narrow", True)),
     "w4afp8_gemm": ("w4a8 gemm", nibbles("w4a8_gemm", "W4AFP8", "e4m3", True)),
     "nf4_linear": ("nf4", nf4),
     "int8_outlier_linear static": ("llm.int8", int8_outliers(True)),

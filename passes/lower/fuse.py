@@ -120,7 +120,7 @@ def _grouped_apart(graph: fx.Graph, node: fx.Node, miss: Report) -> bool:
         parts = [part(graph, quantized, i) for i in (0, 1)]
         sizes = [emit(graph, aten.sym_size.int, (parts[0], i), node) for i in range(x.dim() - 1)]
         codes, scale = (emit(graph, aten.flatten.using_ints, (p, 0, -2), node) for p in parts)
-        weight = (a[key] for key in ("tiles", "scale", "zero", "bias", "out_features", "group"))
+        weight = (a[key] for key in ("tiles", "scale", "zero", "second", "bias", "out_features", "group"))
         product = emit(graph, ops.w4a8_gemm.default, (codes, scale, *weight, x.dtype), node)
         shaped = emit(graph, aten.reshape.default, (product, [*sizes, a["out_features"]]), node)
     replace(graph, node, shaped)

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from qfx.core.errors import KernelError
 from qfx.core.grid import Codebook, Int
+from qfx.core.qtensor import quantize_scale
 from qfx.core.spec import Scheme, scheme_label
 from qfx.kernels import (
     fp8_linear,
     int8_linear,
     nf4_linear,
+    nibbles,
     w4a8_linear,
     w4a16_linear,
     wna16_linear,
@@ -116,6 +118,13 @@ class W4A8(W4A16):
 
     ops = w4a8_linear
 
+    def prepare(self, stored: Stored, scheme: Scheme, in_features: int) -> Stored:
+        """As `Kernel` says."""
+        scale = stored["scale"]
+        assert scale is not None
+        second = quantize_scale(scale, scheme.weight)[1] if _in_multiples(scheme) else None
+        return super().prepare({**stored, "second": second}, scheme, in_features)
+
     def settings(self, scheme: Scheme, in_features: int, out_features: int) -> tuple[Any, ...]:
         """As `Kernel` says."""
         assert scheme.input is not None
@@ -129,6 +138,15 @@ class W4A8(W4A16):
     def _form(self, scheme: Scheme) -> dict[str, Any]:
         assert scheme.input is not None
         return {**super()._form(scheme), "x_grid": grid_name(scheme.input.grid)}
+
+
+def _in_multiples(scheme: Scheme) -> bool:
+    """Whether codes times what their scales are multiples by fit in int8, and a product sums integers of whole rows."""
+    w, x = scheme.weight, scheme.input
+    if w.scale is None or w.scale.block != (1, -1) or x is None or not isinstance(x.grid, Int) or not x.grid.signed:
+        return False
+    few = all(isinstance(grid, Int) and grid.bits <= 4 for grid in (w.grid, w.scale.grid))
+    return few and w.block[0] == 1 and w.block[1] > 0 and w.block[1] % nibbles.TILE == 0
 
 
 class NF4:

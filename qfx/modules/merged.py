@@ -90,6 +90,8 @@ class Share:
         """The member's rows; views of the merged weight if that is in its stored layout."""
         weight, rows = self.group.whole.stored(), self._rows()
         scheme = self.group.members[self.index].scheme
+        if _by_row(scheme):
+            return {key: t if t is None or key == "g_idx" else t[rows] for key, t in weight.items()}
         one = slice(rows.start, rows.start + 1) if _per_tensor(scheme) else rows
         scale, zero = weight["scale"], weight["zero"]
         assert weight["codes"] is not None and scale is not None
@@ -106,7 +108,8 @@ class Share:
         group, rows = self.group, self._rows()
         whole, member = group.whole, group.members[self.index]
         weight = {key: None if t is None else t.clone() for key, t in whole.stored().items()}
-        for key, value in plain_scale(stored, member.scheme.weight).items():
+        plain = stored if _by_row(member.scheme) else plain_scale(stored, member.scheme.weight)
+        for key, value in plain.items():
             if (target := weight[key]) is not None and value is not None:
                 (target if key == "g_idx" else target[rows]).copy_(value)
         kernel = whole.kernel
@@ -209,10 +212,20 @@ def _copy_inputs(whole: QLinear, member: QLinear, rows: slice) -> None:
 
 
 def _whole_scheme(scheme: Scheme) -> Scheme:
-    """One scale per tensor of each member is one per row of the whole; quantized scales are float32 there."""
+    """One scale per tensor of each member is one per row of the whole.
+
+    Quantized scales are float32 there, unless a row has them quantized on its own.
+    """
     rows = 1 if scheme.weight.block[0] == -1 else scheme.weight.block[0]
-    weight = dataclasses.replace(scheme.weight, block=(rows, scheme.weight.block[1]), scale=None)
+    inner = scheme.weight.scale if _by_row(scheme) else None
+    weight = dataclasses.replace(scheme.weight, block=(rows, scheme.weight.block[1]), scale=inner)
     return dataclasses.replace(scheme, weight=weight)
+
+
+def _by_row(scheme: Scheme) -> bool:
+    """Whether the scales are quantized, those of each row on their own: all that is stored has the weight's rows."""
+    inner = scheme.weight.scale
+    return inner is not None and inner.block == (1, -1) and scheme.weight.block[0] == 1
 
 
 def _per_tensor(scheme: Scheme) -> bool:
@@ -221,6 +234,8 @@ def _per_tensor(scheme: Scheme) -> bool:
 
 def _spread(member: QLinear) -> dict[str, Tensor | None]:
     weight = kernel_scale(member.stored(), member.scheme.weight)
+    if _by_row(member.scheme):
+        return dict(member.stored())
     if _per_tensor(member.scheme):
         for key in ("scale", "zero"):
             if (value := weight[key]) is not None:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qfx.core.qtensor import quantize_scale
 from qfx.kernels import fp8_gemm, int8_gemm, nf4_linear, nibbles, w4a8_linear, w4a16_linear
 from qfx.kernels.int8_gemm import ACTIVATIONS
-from qfx.kernels.pack import store
+from qfx.kernels.pack import plain_scale, store
 from tests.kernels import test_fp8_gemm, test_int8_gemm
 from tests.kernels.law import Case, make_case, opcheck
 
@@ -30,8 +31,11 @@ def through_weight(case: Case, grad: Tensor) -> tuple[Tensor, Tensor]:
 def stored(case: Case, module, **more) -> list[Tensor | None]:
     grid = case.weight.spec.grid
     sizes = {"bits": grid.bits, "in_features": case.weight.codes.shape[1], "signed": grid.signed}
-    prepared = module.prepare(store(case.weight), **sizes, **more)
-    return [prepared[key] for key in ("tiles", "scale", "zero", "order")]
+    given, inner = plain_scale(store(case.weight), case.weight.spec), case.weight.spec.scale
+    if inner is not None:
+        given["second"] = quantize_scale(case.weight.scale, case.weight.spec)[1]
+    prepared = module.prepare(given, **sizes, **more)
+    return list(prepared.values())
 
 
 LINEARS = [
@@ -40,6 +44,7 @@ LINEARS = [
     (w4a8_linear, ((2, 3), 256, 33, "W4A8_G64"), True),
     (w4a8_linear, ((4,), 256, 17, "W4A8_ASYM_G128"), False),
     (w4a8_linear, ((4,), 256, 17, "W4AFP8"), False),
+    (w4a8_linear, ((2, 3), 256, 33, "W4A8_DQ"), True),
 ]
 
 
@@ -47,14 +52,14 @@ LINEARS = [
 def test_linear(module, shape: tuple, act_order: bool) -> None:
     case = make_case(*shape, act_order=act_order)
     grid = {"x_grid": case.input["x_grid"]} if case.scheme.input else {}
-    tiles, scale, zero, order = stored(case, module, **grid)
+    tiles, scale, zero, order, *second = stored(case, module, **grid)
     assert (order is not None) == act_order
     group = -1 if case.weight.scale.shape[1] == 1 else shape[1] // case.weight.scale.shape[1]
     op = module.w4a8_linear if grid else module.w4a16_linear
     grad = torch.randn(*shape[0], shape[2])
     x_grad, bias_grad = through_weight(case, grad)
     x, bias = case.x.requires_grad_(), case.bias.requires_grad_()
-    args = (x, tiles, scale, zero, order, bias, shape[2], group, *grid.values())
+    args = (x, tiles, scale, zero, order, *second, bias, shape[2], group, *grid.values())
     op(*args).backward(grad)
     assert near(x.grad, x_grad) and near(bias.grad, bias_grad)
     opcheck(op, args)
@@ -104,16 +109,17 @@ def test_gemm(family: str, activation: str, one_scale: bool) -> None:
         opcheck(op, args)
 
 
-@pytest.mark.parametrize("scheme", ["W4A8", "W4AFP8"])
+@pytest.mark.parametrize("scheme", ["W4A8", "W4AFP8", "W4A8_DQ"])
 def test_w4a8_gemm(scheme: str) -> None:
     case = make_case((6,), 256, 24, scheme)
-    tiles, scale, zero, _ = stored(case, w4a8_linear, x_grid=case.input["x_grid"])
-    dtype = torch.int8 if scheme == "W4A8" else torch.float8_e4m3fn
+    tiles, scale, zero, _, second = stored(case, w4a8_linear, x_grid=case.input["x_grid"])
+    assert (second is not None) == (scheme == "W4A8_DQ")
+    dtype = torch.float8_e4m3fn if scheme == "W4AFP8" else torch.int8
     x = torch.randint(-8, 9, (6, 256)).to(dtype)
     x_scale, bias, grad = torch.rand(6, 1), torch.randn(24), torch.randn(6, 24)
     leaves = [t.clone().requires_grad_() for t in (x_scale, bias, x_scale, bias)]
     F.linear(x.float() * leaves[0], case.weight.dequantize(), leaves[1]).backward(grad)
-    args = (x, leaves[2], tiles, scale, zero, leaves[3], 24, 128, torch.float32)
+    args = (x, leaves[2], tiles, scale, zero, second, leaves[3], 24, 128, torch.float32)
     w4a8_linear.w4a8_gemm(*args).backward(grad)
     assert near(leaves[2].grad, leaves[0].grad) and near(leaves[3].grad, leaves[1].grad)
     opcheck(w4a8_linear.w4a8_gemm, args)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from qfx.core.errors import KernelError
-from qfx.core.spec import Scheme, parse_scheme
+from qfx.core.spec import DOUBLE, Scheme, parse_scheme, scheme_label
 from qfx.kernels.pack import dequantize
 from qfx.modules import kernels
 from qfx.modules.kernels import Stored, choose_kernel
 from qfx.modules.linear import QLinear
 from qfx.modules.merged import merge
 from qfx.modules.state import BUFFERS
-from tests.kernels.law import make_case
+from tests.kernels.law import make_case, violation
 
 
 class Reversed:
@@ -61,6 +61,7 @@ KERNELS = {
     "reversed": ((2, 5), 48, SCHEMES),
     "wxa16_linear": ((2, 5), 64, ("W8A16", "W8A16_ASYM_G32", "W3A16_G32", "W3A16_ASYM_TENSOR", "W6A16_CHANNEL")),
     "w4a16_linear": ((2, 5), 64, ("W4A16_G32", "W3A16_ASYM_G32", "W4A16_TENSOR")),
+    "w4a8_linear": ((2, 5), 256, ("W4A8_DQ", "W4A8_DQ_G64", "W3A8_DQ_G256", "W4A8_G32", "W4AFP8")),
     "nf4_linear": ((2, 5), 64, ("NF4_DQ_G32", "NF4", "FP4_CHANNEL", "FP4_BNB")),
 }
 CASES = [(kernel, scheme) for kernel, (*_, schemes) in KERNELS.items() for scheme in schemes]
@@ -176,6 +177,34 @@ def test_groups_that_do_not_divide_the_columns_are_a_reason(scheme: str) -> None
     assert len(ours) == 4
     for kernel in ours.values():
         assert isinstance(kernel.supports(parse_scheme(scheme), 100, 64, False), str)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "given"),
+    [
+        ("W4A8_DQ", True),
+        ("W3A8_DQ_G256", True),
+        ("W4A8_DQ_G64", False),  # the kernel changes its multiples with the tile
+        ("W4A8", False),
+        ("W4A8_CHANNEL", False),
+        (replace(parse_scheme("W4A8_DQ"), input=parse_scheme("FP8_DYNAMIC").input), False),
+        (replace(parse_scheme("W4A8"), weight=replace(parse_scheme("W4A8").weight, scale=DOUBLE)), False),
+    ],
+    ids=lambda v: v if isinstance(v, str) else scheme_label(v) if isinstance(v, Scheme) else "",
+)
+@torch.no_grad()
+def test_second_scales_are_laid_out_where_integers_can_be_summed(scheme: str | Scheme, given: bool) -> None:
+    case = make_case((5,), 256, 20, scheme)
+    module = QLinear.from_qtensor(case.weight, case.bias, case.scheme, dtype=torch.float32)
+    want = module.weight_scale_scale
+    module.use_kernel("w4a8_linear")
+    second = module._buffers.get("kernel_second")
+    assert module.layout[-1] == "kernel_second" and (second is not None) == given
+    if second is not None:
+        assert second.dtype == torch.float32 and torch.equal(second, torch.nn.functional.pad(want, (0, 108)))
+        multiples = module.get_buffer("kernel_scale")[:, :20] / second[:20]
+        assert torch.equal(multiples, multiples.round()) and multiples.min() >= 1 and multiples.max() == 15
+    assert violation(module(case.x), case) <= 1
 
 
 def test_groups_of_unequal_sizes_stay_as_they_are_stored() -> None:

@@ -30,9 +30,11 @@ SCHEMES = {
     "W4A8_CHANNEL_STATIC": "wnaq_linear",
     "NF4_G16": "wna16_linear",
     "NF4_DQ_G16": "wna16_linear",
+    "W4A16_DQ_G16": "wna16_linear",
+    "W4A8_DQ_G16": "wnaq_linear",
     "FP4_BNB_CHANNEL": "wna16_linear",
 }
-ONE_EACH = ("W8A8_STATIC_ASYM", "FP8_DYNAMIC", "W3A16_ASYM_G16", "W4A8_G16", "NF4_DQ_G16")
+ONE_EACH = ("W8A8_STATIC_ASYM", "FP8_DYNAMIC", "W3A16_ASYM_G16", "W4A8_G16", "NF4_DQ_G16", "W4A8_DQ_G16")
 CASTS = {
     "half": (lambda m: m.half(), torch.float16),
     "bfloat16": (lambda m: m.bfloat16(), torch.bfloat16),
@@ -105,6 +107,20 @@ def test_quantized_scales_are_stored_as_such() -> None:
     }
     bits = 8 * sum(v.numel() * v.element_size() for k, v in state.items() if k != "bias") / (64 * 40)
     assert bits == case.weight.bits_per_weight == 4 + 8 / 16 + 32 / (64 * 40)
+
+
+def test_scales_in_multiples_are_stored_with_one_for_each_row() -> None:
+    case = make_case((5,), 64, 40, "W4A8_DQ_G16")
+    state = lower(case).state_dict()
+    stored = {k: (v.dtype, tuple(v.shape)) for k, v in state.items() if k != "bias"}
+    assert stored == {
+        "weight_codes": (torch.uint8, (40, 32)),
+        "weight_scale": (torch.uint8, (40, 4)),
+        "weight_scale_scale": (torch.float32, (40,)),
+    }
+    assert bool((state["weight_scale"].amax(1) == 15).all()) and bool((state["weight_scale"] >= 1).all())
+    bits = 8 * sum(v.numel() * v.element_size() for k, v in state.items() if k != "bias") / (64 * 40)
+    assert bits == case.weight.bits_per_weight == 4 + 8 / 16 + 32 / 64
 
 
 def test_stands_for_linear_and_conv1d() -> None:

@@ -15,7 +15,7 @@ from qfx.modules.merged import Group, Whole, merge, unlike, unmerge
 from tests.kernels.law import make_case
 
 SCHEMES = ("W8A8", "W8A8_STATIC_ASYM", "W8A8_TENSOR", "FP8", "FP8_DYNAMIC", "W4A16_G32", "W3A16_ASYM_G16", "W4A8_G16")
-SCHEMES += ("NF4_G32", "NF4_DQ_G16")
+SCHEMES += ("NF4_G32", "NF4_DQ_G16", "W4A8_DQ_G16", "W4A16_DQ_G32")
 EXACT = ("W8A8", "W8A8_STATIC_ASYM", "W8A8_TENSOR")  # integer sums
 WIDE = 64
 
@@ -132,7 +132,7 @@ def test_a_write_into_the_input_is_seen(x: Tensor) -> None:
     assert group.held is None or group.held[0] is x
 
 
-@pytest.mark.parametrize("scheme", ["W8A8_STATIC_ASYM", "W4A16_G32", "W8A8_TENSOR", "NF4_DQ_G16"])
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC_ASYM", "W4A16_G32", "W8A8_TENSOR", "NF4_DQ_G16", "W4A8_DQ_G16"])
 @torch.no_grad()
 def test_a_state_dict_loads_into_merged_linears(scheme: str, x: Tensor) -> None:
     model, other = Three(scheme), Three(scheme)
@@ -169,6 +169,30 @@ def test_a_kernel_of_the_whole(x: Tensor) -> None:
         model.q.use_kernel("w4a16_linear")
     unmerge(group)
     assert same(state(model), before) and torch.equal(model(x), want)
+
+
+@torch.no_grad()
+def test_scales_in_multiples_stay_so_in_the_whole() -> None:
+    """A row has its second scale wherever it stands: the whole keeps them, and its kernel reads them."""
+    members = [linear("W4A8_DQ", out, columns=256) for out in (20, 12, 150)]
+    states, seconds = [state(m) for m in members], torch.cat([m.weight_scale_scale for m in members])
+    x = torch.randn(5, 256)
+    want = [m(x) for m in members]
+    group = merge(members)
+    assert group.whole.scheme == members[0].scheme and torch.equal(group.whole.weight_scale_scale, seconds)
+    for kernel in ("", "w4a8_linear"):
+        group.whole.use_kernel(kernel)
+        assert all(same(state(m), s) for m, s in zip(members[1:], states[1:], strict=True))
+        torch.testing.assert_close([m(x) for m in members], want)
+        for member, s in zip(members, states, strict=True):
+            member.load_state_dict({**s, "weight_scale_scale": s["weight_scale_scale"] * 2})
+            assert torch.equal(member.stored()["scale_scale"], s["weight_scale_scale"] * 2)
+            member.load_state_dict(s)
+    second = group.whole.get_buffer("kernel_second")
+    assert torch.equal(second[:182], seconds) and second.shape == (256,) and not second[182:].any()
+    assert merge([linear("NF4_DQ_G16", 8), linear("NF4_DQ_G16", 8)]).whole.scheme.weight.scale is None
+    unmerge(group)
+    assert all(same(state(m), s) for m, s in zip(members, states, strict=True))
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def quantize(model: nn.Module, scheme: Scheme) -> None:
         quantize_parameter(module, name, q, scheme, (0, 1, 2), **static_of(scheme))
 
 
-@pytest.mark.parametrize("scheme_name", ["W4A16_ASYM_G16", "NF4_DQ_G16"])
+@pytest.mark.parametrize("scheme_name", ["W4A16_ASYM_G16", "NF4_DQ_G16", "W4A16_DQ_G16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("model_name", CONFIGS)
 @torch.no_grad()
@@ -126,7 +126,7 @@ def test_quantized_inputs_equal_a_reference_by_hand(model_name: str, scheme_name
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("scheme_name", ["W4A16_G16", "NF4_DQ_G16", *ACTIVATIONS, PER_TENSOR])
+@pytest.mark.parametrize("scheme_name", ["W4A16_G16", "NF4_DQ_G16", "W4A8_DQ_G16", *ACTIVATIONS, PER_TENSOR])
 @torch.no_grad()
 def test_compiles_without_a_graph_break(scheme_name: str, implementation: str) -> None:
     model, (x, idx, p) = tiny("mixtral", implementation), routed()
@@ -137,7 +137,7 @@ def test_compiles_without_a_graph_break(scheme_name: str, implementation: str) -
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("scheme_name", ["W4A16_G16", "NF4_DQ_G16", "W4A8_G16", "W8A8_STATIC"])
+@pytest.mark.parametrize("scheme_name", ["W4A16_G16", "NF4_DQ_G16", "W4A8_DQ_G16", "W8A8_STATIC"])
 @torch.no_grad()
 def test_exports(scheme_name: str, strict: bool) -> None:
     model, args = tiny("mixtral", "grouped_mm"), routed()
@@ -178,7 +178,7 @@ def test_casts_change_what_is_given_not_what_is_stored() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("scheme_name", ["W4A16_ASYM_G16", "W8A8_ASYM_STATIC_ASYM", "FP8", "FP8_DYNAMIC", "NF4_DQ_G16"])
+@pytest.mark.parametrize("scheme_name", ["W4A16_ASYM_G16", "W8A8_ASYM_STATIC_ASYM", "FP8", "NF4_DQ_G16", "W4A8_DQ_G16"])
 def test_state_dict_loads_into_an_empty_one(scheme_name: str, device: str) -> None:
     scheme = parse_scheme(scheme_name)
     model, (x, idx, p) = tiny("qwen3_moe", "grouped_mm"), routed()

@@ -75,13 +75,13 @@ def _four(m: int, n: int, k: int, group: int, form: str) -> Run:
         return Run(lambda: ops.w4a16_linear(x, f.tiles, f.scale, f.zero, order, bias, n, group), [x])
     if form == "nf4":
         return Run(lambda: ops.nf4_linear(x, f.tiles, f.scale, bias, n, group, "nf4"), [x])
-    return Run(lambda: ops.w4a8_linear(x, f.tiles, f.scale, None, None, bias, n, group, form), [x])
+    return Run(lambda: ops.w4a8_linear(x, f.tiles, f.scale, None, None, None, bias, n, group, form), [x])
 
 
 def _four_gemm(m: int, n: int, k: int, dtype: torch.dtype) -> Run:
     f = four(n, k, 128, "halves" if dtype == INT8 else "fours", False, True)
     x, scale = codes8(m, k, dtype), torch.rand(m, 1, device=DEVICE)
-    return Run(lambda: ops.w4a8_gemm(x, scale, f.tiles, f.scale, None, None, n, 128, BF16), [x])
+    return Run(lambda: ops.w4a8_gemm(x, scale, f.tiles, f.scale, None, None, None, n, 128, BF16), [x])
 
 
 def _outlier(m: int, threshold: float) -> Run:
@@ -190,7 +190,8 @@ def test_outputs_past_two_to_the_31(family: str) -> None:
         exact = x[some].double() @ w.double().t()
     else:
         f = four(n, k, 128, "halves", False, True)
-        out = ops.w4a8_gemm(x, torch.ones(m, 1, device=DEVICE), f.tiles, f.scale, None, None, n, 128, BF16)
+        one = torch.ones(m, 1, device=DEVICE)
+        out = ops.w4a8_gemm(x, one, f.tiles, f.scale, None, None, None, n, 128, BF16)
         exact = x[some].double() @ f.w.t()
     assert torch.equal(out[some], exact.to(F32).to(BF16))
     assert bool(out[-3000:].isfinite().all())

@@ -152,7 +152,7 @@ def test_w4a8(grid: str, group: int, zeros: bool) -> None:
         bias = integers(1, n, 8, dtype).reshape(-1) if group > 64 else None
         codes, x_scale = codes8(m, k, code, exact), powers((m, 1), -2, 0)
         codes = codes.clamp(-2, 2) if code == INT8 and exact else codes
-        args = (codes, x_scale, f.tiles, f.scale, f.zero, bias, n, group, dtype)
+        args = (codes, x_scale, f.tiles, f.scale, f.zero, None, bias, n, group, dtype)
         out = torch.ops.qfx.w4a8_gemm(*args)
         dropped = 0.0 if exact or code == INT8 else lost(codes, f.w) * x_scale.double()
         x = codes.double() * x_scale.double()
@@ -178,7 +178,7 @@ def test_w4a8_linear(grid: str, group: int, zeros: bool) -> None:
         order = torch.randperm(k, device=DEVICE).to(torch.int32) if i % 5 == 4 else None
         x = padded(x, 16) if i % 4 == 1 else x
         bias = integers(1, n, 8, dtype).reshape(-1) if group > 64 else None
-        args = (x, f.tiles, f.scale, f.zero, order, bias, n, group, grid)
+        args = (x, f.tiles, f.scale, f.zero, order, None, bias, n, group, grid)
         out = torch.ops.qfx.w4a8_linear(*args)
         picked = x if order is None else x[:, order.long()]
         q, s, _ = quantized(picked, grid, None, None, False)
@@ -229,6 +229,6 @@ def test_a_wrong_nibble_is_seen(layout: str) -> None:
             outs.append(op(x, tiles, f.scale, *more, None, 130, 128, *tail))
         else:
             codes = x.to(E4M3 if layout == "fours" else INT8)
-            outs.append(torch.ops.qfx.w4a8_gemm(codes, one, tiles, f.scale, None, None, 130, 128, F32))
+            outs.append(torch.ops.qfx.w4a8_gemm(codes, one, tiles, f.scale, None, None, None, 130, 128, F32))
     right, wrong = (four_violation(out, x, f.w, None, True) for out in outs)
     assert right <= 1 < wrong

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qfx.core.qtensor import quantize_scale
 from qfx.core.spec import parse_scheme
 from qfx.kernels import nf4_linear, w4a8_linear, w4a16_linear
-from qfx.kernels.pack import store
+from qfx.kernels.pack import plain_scale, store
 from qfx.kernels.quantize_rows import quantize_activation
 from tests.kernels.law import U32, Case, make_case
 
@@ -64,9 +65,11 @@ def group_of(case: Case) -> int:
 def prepared(case: Case, module, **more) -> dict[str, Tensor | None]:
     grid = case.weight.spec.grid
     size = {"bits": grid.bits, "in_features": case.weight.codes.shape[1], "signed": grid.signed}
-    made = module.prepare(store(case.weight), **size, **more)
+    spec = case.weight.spec
+    stored = plain_scale(store(case.weight), spec)
+    given = {**stored, "second": quantize_scale(case.weight.scale, spec)[1]} if spec.scale else stored
+    made = module.prepare(given, **size, **more)
     back = module.restore(made, out_features=len(case.weight.codes), **size, **more)
-    stored = store(case.weight)
     assert back["codes"].equal(stored["codes"]) and back["scale"].equal(stored["scale"].expand_as(back["scale"]))
     assert all((stored[k] is None) == (back[k] is None) for k in ("zero", "g_idx"))
     return {k: None if v is None else v.to(DEVICE) for k, v in made.items()}

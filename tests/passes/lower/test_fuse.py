@@ -109,6 +109,24 @@ def test_what_no_product_of_codes_takes_stays(scheme: str, why: str | None) -> N
     assert f.why("quantize apart") == ([why] if why else [])
 
 
+@pytest.mark.parametrize(("scheme", "second"), [("W4A8_DQ", True), ("W4A8", False)])
+@torch.no_grad()
+def test_a_product_of_codes_in_tiles_takes_all_that_the_linear_took(scheme: str, second: bool) -> None:
+    case = make_case((2, 3), 128, 24, scheme)
+    model = nn.Sequential(QLinear.from_qtensor(case.weight, case.bias, case.scheme, dtype=torch.float32))
+    model[0].use_kernel("w4a8_linear")
+    graph = capture(model, {"input": case.x})
+    want = graph.run({"input": case.x})
+    (before,) = (n for n in graph.nodes if n.target == torch.ops.qfx.w4a8_linear.default)
+    taken = before.args[1:4], before.args[5], before.args[6:9]
+    rewrite(graph.fx)
+    graph.touch()
+    (after,) = (n for n in graph.nodes if n.target == torch.ops.qfx.w4a8_gemm.default)
+    assert (after.args[2:5], after.args[5], after.args[6:9]) == taken
+    assert (taken[1] is not None) == second and (not second or "kernel_second" in str(taken[1].target))
+    torch.testing.assert_close(graph.run({"input": case.x}), want, rtol=0, atol=0)
+
+
 def test_codes_are_shared_by_readers_of_one_value() -> None:
     f = Fused(lambda m, x: (m.a(x), m.b(x)))
     assert f.changed("share codes") == 1 and f.ops.count("qfx.quantize_rows") == 1 and f.equal()
