@@ -242,8 +242,8 @@ def _(
 
     codes, x_scale = quantize_rows(_ordered(x.reshape(-1, x.shape[-1]), order), x_grid)
     decoder = eight_bit_decoder(codes.dtype, zero is not None)
-    settings = {"x_scale": x_scale, "second": second, "dtype": x.dtype}
-    y = w4(codes, tiles, scale, zero, bias, out_features, group, decoder, **settings)
+    weight = tiles, scale, zero, bias, out_features, group, decoder
+    y = w4(codes, *weight, x_scale=x_scale, second=second, dtype=x.dtype)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -290,9 +290,8 @@ def prepare(
 
     `stored` may have `second` float32 `[out]` as well, of which its scales are whole multiples, 1 to 15.
     """
-    form = {"bits": bits, "in_features": in_features, "signed": signed, "offset": 0}
-    second = stored.get("second")
-    prepared = nibbles.prepare(stored, _layout_for(x_grid), **form)
+    layout, second = _layout_for(x_grid), stored.get("second")
+    prepared = nibbles.prepare(stored, layout, bits=bits, in_features=in_features, signed=signed, offset=0)
     return {**prepared, "second": None if second is None else nibbles.pad_scale(second[:, None], len(second))[0]}
 
 
