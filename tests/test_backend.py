@@ -43,7 +43,7 @@ def times_made(model: nn.Module) -> list[int]:
 
 
 MODELS = ("llama", "opt", "gpt2", "bert", "mixtral", "t5")
-SCHEMES = ("FP8_DYNAMIC", "W4A16_G32", "W4A16_ASYM_G32", "W4A8_G32", "NF4_G32", "w8a8")
+SCHEMES = ("FP8_DYNAMIC", "W4A16_G32", "W4A16_ASYM_G32", "W4A8_G32", "W4A8_DQ_G32", "NF4_G32", "w8a8")
 
 
 @pytest.mark.parametrize(("name", "scheme"), [*((m, "W8A8") for m in MODELS), *(("block_stack", s) for s in SCHEMES)])
@@ -73,7 +73,13 @@ def test_other_backends_compile_what_it_leaves(then: str) -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "kernel"),
-    [("W4A16_G32", "w4a16_linear"), ("W4A8_G32", "w4a8_linear"), ("NF4_G32", "nf4_linear"), ("W8A16", "wxa16_linear")],
+    [
+        ("W4A16_G32", "w4a16_linear"),
+        ("W4A8_G32", "w4a8_linear"),
+        ("W4A8_DQ_G32", "w4a8_linear"),
+        ("NF4_G32", "nf4_linear"),
+        ("W8A16", "wxa16_linear"),
+    ],
 )
 def test_layouts_of_kernels(scheme: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = watched.quantized_weight

@@ -216,7 +216,9 @@ def test_a_value_that_is_written_to_is_left_alone() -> None:
     assert changed(chosen) == {"quantize apart": 1}
 
 
-@pytest.mark.parametrize(("scheme", "kernel"), [("W4A8_G32", "w4a8_linear"), ("W4A16_G32", "w4a16_linear")])
+@pytest.mark.parametrize(
+    ("scheme", "kernel"), [("W4A8_G32", "w4a8_linear"), ("W4A8_DQ_G32", "w4a8_linear"), ("W4A16_G32", "w4a16_linear")]
+)
 def test_layouts_of_kernels(scheme: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device: products of 4-bit weights in tiles take codes of their input."""
     monkeypatch.setattr(lower_graph, "fit_kernel", lambda module, device: module.use_kernel(kernel))
@@ -224,7 +226,7 @@ def test_layouts_of_kernels(scheme: str, kernel: str, monkeypatch: pytest.Monkey
     chosen = qfx.backend({"schemes": {"*": scheme}}, then=codes)
     got = torch.compile(model, backend=chosen, dynamic=True)(**feeds)
     assert distance([quantized(model, chosen, feeds)(**feeds)], [got]) < 1e-5
-    if scheme == "W4A8_G32":
+    if kernel == "w4a8_linear":
         assert codes.ops().count("qfx.w4a8_gemm") == 4 and "qfx.w4a8_linear" not in codes.ops()
         assert changed(chosen) == TWICE
     else:

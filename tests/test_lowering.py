@@ -27,6 +27,7 @@ CASES = [
     ("opt", "FP8_DYNAMIC"),
     ("bert", "W8A8_STATIC"),
     ("qwen2", "W4A8_G16"),
+    ("qwen2", "W4A8_DQ_G32"),
     ("whisper", "W8A8"),
 ]
 GROUPS = {"llama": 4, "opt": 2, "bert": 2, "qwen2": 4, "whisper": 4}

@@ -32,6 +32,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mixtral",
         {"schemes": {"*": "NF4_DQ_G16", "*.q_proj": "FP4_G16"}, "ignore": ["@router"]},
     ),
+    "multiples": ("qwen2", {"schemes": {"*": "W4A8_DQ_G16"}, "ignore": ["@head"]}),
+    "multiples of experts": ("mixtral", {"schemes": {"*": "W4A8_DQ_G16"}, "ignore": ["@router"]}),
     "fp8": ("opt", {"schemes": {"*": "FP8_DYNAMIC"}}),
     "g_idx": ("qwen2", {"schemes": {"*": "W4A16_ASYM_G16"}, "steps": [GPTQ]}),
     "static, shifts and biases": ("llama", {"schemes": {"*": "W8A8_STATIC_ASYM"}, "steps": [ALL_SHIFTS]}),

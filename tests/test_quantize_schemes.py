@@ -28,6 +28,7 @@ BOUNDS = {
     "FP4_G16": 0.25,
     "FP4_BNB_G16": 0.25,
     "W4A8_G16": 0.25,
+    "W4A8_DQ_G16": 0.25,
     "W4A16_CHANNEL": 0.35,
     "W3A16_G16": 0.5,
     "W2A16_G16": 1.0,
@@ -36,7 +37,7 @@ BOUNDS = {
 ORDERED = [
     ("W8A16", "W8A8", "W8A8_STATIC", "FP8", "FP8_E5M2"),
     ("W8A16", "W4A16_G16", "W3A16_G16", "W2A16_G16"),
-    ("W8A8", "W6A6_G16", "W4A8_G16"),
+    ("W8A8", "W6A6_G16", "W4A8_G16", "W4A8_DQ_G16"),
     ("W4A16_ASYM_G16", "W4A16_G16", "W4A16_CHANNEL"),
     ("NF4_G16", "FP4_G16", "FP4_BNB_G16"),
     ("W8A8_STATIC_ASYM", "W8A8_STATIC"),

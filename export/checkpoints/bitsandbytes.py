@@ -116,8 +116,9 @@ def _nearest(scheme: Scheme) -> str | None:
     grid = spec.grid if known else Codebook("fp4_bnb" if spec.grid == Codebook("e2m1") else "nf4")
     size = min(BLOCKS, key=lambda b: abs(b - spec.block[1])) if spec.block[1] != -1 else 64
     scale = spec.scale
-    if scale is not None and scale.block != (1, NESTED):
-        scale = QSpec(scale.grid, (1, NESTED), symmetric=scale.symmetric)
+    if scale is not None and (scale.grid.bits != 8 or scale.block != (1, NESTED)):
+        inner = scale.grid if scale.grid.bits == 8 else Int(8, signed=False)
+        scale = QSpec(inner, (1, NESTED), symmetric=scale.symmetric)
     near = Scheme(QSpec(grid, (1, size), scale=scale))
     return None if near == scheme else scheme_label(near)
 

@@ -94,6 +94,7 @@ def test_scales_are_float16_if_that_loses_no_bit() -> None:
         ("W3A16_ASYM_G32", "nearest: W4A16_ASYM_G32"),
         ("NF4_G32", "nearest: W4A16_G32"),
         ("W4A8_G32", "nearest: W4A16_G32"),
+        ("W4A16_DQ_G32", "does not quantize scales; nearest: W4A16_G32"),
     ],
 )
 def test_what_it_has_not_is_refused_with_the_nearest(scheme: str, why: str) -> None:

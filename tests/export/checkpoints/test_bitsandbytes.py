@@ -153,6 +153,7 @@ def test_int8_weights_that_they_quantize_are_read() -> None:
         ("NF4_CHANNEL", "nearest: NF4"),
         ("NF4_G16", "nearest: NF4_G32"),
         ("W4A16", "nearest: NF4_G128"),
+        ("W4A16_DQ", "nearest: NF4_DQ_G128"),
         ("W8A16", "nearest: W8A8"),
         ("W8A8_STATIC", "nearest: W8A8"),
         ("FP8_DYNAMIC", "nearest: NF4"),

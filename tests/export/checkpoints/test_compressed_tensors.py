@@ -164,6 +164,7 @@ REFUSED: dict[str, tuple[LinearWeights, str]] = {
         linear(Scheme(spec(Int(4), (1, 16), scale=spec(Int(8, signed=False), (1, 256), symmetric=False)))),
         "without _DQ",
     ),
+    "multiples of a scale": (linear(parse_scheme("W4A8_DQ_G16")), "without _DQ"),
     "float weights in groups": (linear(Scheme(spec(E4M3, (1, 16)))), "nearest: FP8_DYNAMIC"),
     "float weights, integer activations": (
         linear(Scheme(spec(E4M3), spec(Int(8, narrow=True), dynamic=True))),

@@ -126,6 +126,7 @@ def test_eight_bits_come_back_narrow_unless_the_lowest_code_is_there() -> None:
         ("W4A16_TENSOR", "nearest: W4A16_CHANNEL"),
         ("FP8_DYNAMIC", "nearest: W8A16"),
         ("W8A8", "nearest: W8A16"),
+        ("W4A16_DQ_G32", "has no W4A16_DQ_G32, it does not quantize scales; nearest: W4A16_G32"),
         ("W1A16_ASYM_G32", "nearest: W2A16_ASYM_G32"),
     ],
 )

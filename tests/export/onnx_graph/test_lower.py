@@ -31,6 +31,7 @@ ON_CPU = {
     "W4A16_G32": {"MatMulNBits": 12},
     "W4A16_G16": {"MatMulNBits": 12},
     "W4A16_ASYM_G32": {"MatMulNBits": 12},
+    "W4A16_DQ_G32": {"MatMulNBits": 12},
     "W4A16_CHANNEL": {"MatMulNBits": 12},
     "W4A16_TENSOR": {"MatMulNBits": 12},
     "W3A16_ASYM_G32": {"MatMulNBits": 12},

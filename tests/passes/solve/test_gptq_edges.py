@@ -9,7 +9,7 @@ import torch
 from qfx.core.errors import SolverError
 from qfx.core.grid import E4M3, Int
 from qfx.core.qtensor import stored_scale
-from qfx.core.spec import QSpec
+from qfx.core.spec import QSpec, parse_scheme
 from qfx.passes.solve._obs import exact_matmul, prepare
 from qfx.passes.solve.gptq import gptq
 from qfx.passes.solve.rtn import rtn
@@ -174,7 +174,10 @@ DOUBLE = replace(SPECS["nf4-group"], scale=QSpec(Int(8, signed=False), (1, 24), 
 FLOAT_SCALES = replace(SPECS["nf4-group"], block=(1, 8), scale=QSpec(E4M3, (-1, -1)))
 
 
-@pytest.mark.parametrize("spec", [DOUBLE, FLOAT_SCALES], ids=["uint8", "e4m3"])
+MULTIPLES = replace(SPECS["nf4-group"], grid=Int(4), block=(1, 8), scale=parse_scheme("W4A8_DQ").weight.scale)
+
+
+@pytest.mark.parametrize("spec", [DOUBLE, FLOAT_SCALES, MULTIPLES], ids=["uint8", "e4m3", "multiples"])
 def test_scales_that_are_quantized_themselves(spec):
     """Every weight is rounded with the scale that will be stored; ranges that come later are not known in time."""
     w, h = layer(0)
