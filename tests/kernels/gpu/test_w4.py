@@ -67,7 +67,9 @@ def prepared(case: Case, module, **more) -> dict[str, Tensor | None]:
     size = {"bits": grid.bits, "in_features": case.weight.codes.shape[1], "signed": grid.signed}
     spec = case.weight.spec
     stored = plain_scale(store(case.weight), spec)
-    given = {**stored, "second": quantize_scale(case.weight.scale, spec)[1]} if spec.scale else stored
+    # as W4A8.prepare does: integers of a whole row are summed where groups are whole tiles
+    whole = spec.scale is not None and spec.block[1] % 128 == 0
+    given = {**stored, "second": quantize_scale(case.weight.scale, spec)[1]} if whole else stored
     made = module.prepare(given, **size, **more)
     back = module.restore(made, out_features=len(case.weight.codes), **size, **more)
     assert back["codes"].equal(stored["codes"]) and back["scale"].equal(stored["scale"].expand_as(back["scale"]))
@@ -113,7 +115,7 @@ def test_w4a8(shape, config) -> None:
     decoder = decode4.eight_bit_decoder(codes.dtype, parts["zero"] is not None)
     bias = None if case.bias is None else case.bias.to(DEVICE)
     weight = parts["tiles"], parts["scale"], parts["zero"], bias, shape[2], group_of(case), decoder
-    y = gpu.w4(codes.to(DEVICE), *weight, x_scale=scale.to(DEVICE), dtype=torch.bfloat16)
+    y = gpu.w4(codes.to(DEVICE), *weight, x_scale=scale.to(DEVICE), second=parts["second"], dtype=torch.bfloat16)
     # Hopper adds products of float8 with 14 bits: two roundings of 2⁻¹³ for each 32 columns
     fp8 = 0.0 if codes.dtype == torch.int8 or INTERPRET else 2 * shape[1] / 32 * 2.0**-13
     x = codes.double() * scale.double()
