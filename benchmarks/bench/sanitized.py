@@ -67,8 +67,9 @@ def outliers(m: int, n: int, k: int, threshold: float) -> None:
 
 
 def four(
-    m: int, n: int, k: int, group: int, form: str, large: bool = False, dequantized: bool = False, **config: int
-) -> None:
+    m: int, n: int, k: int, group: int, form: str, large: bool = False, dequantized: bool = False,
+    multiples: bool = False, **config: int,
+) -> None:  # fmt: skip
     """One configuration of a 4-bit kernel."""
     from qfx.kernels.gpu import decode4, dequantize4, w4
 
@@ -80,9 +81,11 @@ def four(
     values = nf4_linear.table("nf4", torch.device("cpu"), BF16) if form == "table" else None
     bias = floats(n)
     if large and form in ("int8", "e4m3"):
-        from qfx.kernels.gpu.w4a8_large import w4a8_large
+        from qfx.kernels.gpu.w4a8_large import Config, w4a8_large
 
-        w4a8_large(codes(m, k, INT8 if form == "int8" else E4M3), moved(torch.rand(m, 1)), tiles, scale, bias, n, group)
+        second = moved(torch.rand(scale.shape[1])) if multiples else None
+        x = codes(m, k, INT8 if form == "int8" else E4M3), moved(torch.rand(m, 1))
+        w4a8_large(*x, tiles, scale, bias, n, group, config=Config(**config), second=second)  # type: ignore[arg-type]
         return
     if large:
         from qfx.kernels.gpu.w4_large import w4_large
@@ -176,6 +179,9 @@ def _cases() -> dict[str, Callable[[], None]]:
         "w4_large": partial(four, 150, 264, 384, 128, "int4", large=True),
         "w4a8_large int8": partial(four, 150, 264, 384, 128, "int8", large=True),
         "w4a8_large e4m3": partial(four, 150, 264, 384, 128, "e4m3", large=True),
+        "w4a8_whole": partial(four, 150, 264, 384, 128, "int8", large=True, multiples=True, bt=256, bn=128),
+        "w4a8_whole of 256 rows": partial(four, 150, 264, 384, 128, "int8", large=True, multiples=True),
+        "w4a8_whole channel": partial(four, 150, 264, 384, -1, "int8", large=True, bt=64, bn=128, stages=8),
     }
     for op, grid in (("quantize", "int8_narrow"), ("gated", "e4m3"), ("norm", "int8_narrow")):
         for m, columns, dtype in ((5, 77, BF16), (600, 128, F32), (2, 4101, F16)):

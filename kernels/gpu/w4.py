@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from qfx.kernels.gpu import w4_few
-from qfx.kernels.gpu.decode4 import E4M3_NIBBLES, INT4_TO_E4M3, Decoder, decode
+from qfx.kernels.gpu.decode4 import E4M3_NIBBLES, INT4_TO_E4M3, INT4_TO_INT8, Decoder, decode
 from qfx.kernels.gpu.dequantize4 import by_cublas
 from qfx.kernels.gpu.launch import INTERPRET, Launcher, capability
 from qfx.kernels.gpu.parts import counters, sum_parts
@@ -260,6 +260,7 @@ def w4(
     *,
     x_scale: Tensor | None = None,
     table: Tensor | None = None,
+    second: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`x @ W.T + bias` from kernel layout.
@@ -276,6 +277,7 @@ def w4(
         decoder: what a code means.
         x_scale: float32 `[tokens]` of a quantized x.
         table: the 16 values of a table decoder (Triton's interpreter reads them).
+        second: float32 `[128 · row tiles]`, of which scales are whole multiples, 1 to 15; or None.
         dtype: of the output; x's if it is a float of 16 bits.
 
     Returns:
@@ -288,6 +290,8 @@ def w4(
         return y
     if group not in (32, 64) and group % 128:  # of another size there is only one
         group = -1
+    if group < 128 or decoder is not INT4_TO_INT8:
+        second = None
     flags = zero is not None, x_scale is not None, bias is not None, dtype == torch.float16
     capable = capability(x.device)
     if decoder is INT4_TO_E4M3 and INTERPRET:
@@ -299,7 +303,8 @@ def w4(
             by_cublas(x, words, scale, zero, table, bias, y, group, decoder, config.chunk)
             return
         if config.direct or config.specialized >= 0:
-            run_form(config, x, x_scale, words.view(torch.uint8), scale, zero, bias, y, rows, group, decoder, flags)
+            octets = words.view(torch.uint8)
+            run_form(config, x, x_scale, octets, scale, zero, bias, y, rows, group, decoder, flags, second)
             return
         if config.shared:
             shape = config.warps, config.bn, config.stages, config.registers
@@ -321,6 +326,8 @@ def w4(
 
     # float8 weights are as many bytes as int8 ones, and nearly as many instructions, but in `w4_direct`
     kind = "int4_int8" if decoder is INT4_TO_E4M3 and tokens > 8 else decoder.kind
+    if second is not None and tokens > 32:
+        kind = "multiples"  # the forms for fewer tokens do not look at `second`
     key = (kind, group, f"{rows}x{columns}", bucket(tokens))
     dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
 
@@ -329,8 +336,13 @@ def w4(
         return capable == 90 and known and takes_specialized(x, rows, group, zero, dtype)
 
     direct = tokens <= 8 and not INTERPRET and takes_direct(tokens, group, decoder)
-    rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"), direct)
-    config = pick("w4", key, rule, lambda: candidates(tokens, rows, columns, dense, hopper(), direct), run, words)
+    whole = (second is not None or (group < 0 and decoder is INT4_TO_INT8)) and tokens > 32 and hopper()
+    rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"), direct, whole)
+
+    def tried() -> list[Config]:
+        return candidates(tokens, rows, columns, dense, hopper(), direct, whole)
+
+    config = pick("w4", key, rule, tried, run, words)
     unfit = (config.shared and not w4_few.takes(tokens, group)) or (config.specialized >= 0 and not hopper())
     if unfit or (config.direct and not direct):
         config = rule  # of a table that was made for another number of tokens, or another group

@@ -43,17 +43,21 @@ class Config:
 
 @lru_cache(4096)
 def default(
-    tokens: int, rows: int, columns: int, dense: bool = False, crowded: bool = False, direct: bool = False
-) -> Config:
+    tokens: int, rows: int, columns: int, dense: bool = False, crowded: bool = False, direct: bool = False,
+    whole: bool = False,
+) -> Config:  # fmt: skip
     """A rule for shapes that nobody has measured: about four programs on each of an H200's 132 multiprocessors.
 
-    `crowded`: decoding leaves no registers for the sums of 128 tokens; `direct`: `w4_direct` takes it.
+    `crowded`: decoding leaves no registers for the sums of 128 tokens; `direct`: `w4_direct` takes it; `whole`:
+    `w4a8_whole` does.
     """
     if direct:
         if rows >= 16384:
             return Config(32, 8, 1, 4, 1, direct=True)
         warps = 4 if rows > 4096 and columns <= 8192 else 8 if rows * 2 > columns else 16
         return Config(16, 8, 1, warps, 2, unroll=2 if warps < 16 else 1, direct=True)
+    if whole and tokens > 32:
+        return _whole(tokens)[0]
     if dense and tokens > 512:
         return Config(0, 0, 1, 0, 0, chunk=2048)
     if 32 < tokens <= 64:
@@ -65,17 +69,23 @@ def default(
 
 
 def candidates(
-    tokens: int, rows: int, columns: int, dense: bool = False, hopper: bool = False, direct: bool = False
-) -> list[Config]:
+    tokens: int, rows: int, columns: int, dense: bool = False, hopper: bool = False, direct: bool = False,
+    whole: bool = False,
+) -> list[Config]:  # fmt: skip
     """What `autotune` tries.
 
-    `dense`: cuBLAS could multiply, too; `hopper`: so could `w4_large` or `w4a8_large`; `direct`: `w4_direct`.
+    `dense`: cuBLAS could multiply, too; `hopper`: so could `w4_large` or `w4a8_large`; `direct`: `w4_direct`; `whole`:
+    `w4a8_whole`.
     """
     blocks = -(-columns // 128)
     if direct:  # with one token faster than the others at all shapes at which both were measured
         return _direct(blocks)
     found = []
-    if hopper and not dense and tokens > 64:
+    if whole and tokens > 32:
+        found = _whole(tokens)
+        if tokens > 64:  # there it was faster than all others at all shapes at which they were measured
+            return found
+    elif hopper and not dense and tokens > 64:
         shares = ((1, 0, 8), (2, 0, 8), (2, 0, 16), (2, 128, 8))  # split, programs, token tiles
         for bt, stages in ((64, 6), (128, 4), (128, 5)):
             if bt == 128 or tokens <= 256:
@@ -114,6 +124,16 @@ def candidates(
                     found.append(Config(128, bt, common[0], 8, 3, common[1], 1, 128))
                     found.append(Config(64, bt, common[0], 4, 3, common[1], 2))
                     found.append(Config(256, bt, common[0], 8, 3, common[1]))
+    return found
+
+
+def _whole(tokens: int) -> list[Config]:
+    found = []
+    for rows, bt, stages in ((128, 256, 3), (128, 256, 4), (128, 128, 6), (128, 64, 8), (256, 128, 5), (256, 64, 6)):
+        if bt // 2 < tokens and (bt > 64 or tokens <= 512):
+            shares = ((1, 0), (2, 0), (2, 128)) if tokens > 64 else ((1, 0), (2, 128))  # split, programs
+            together = (8, 16) if tokens > 1024 else (8,)
+            found += [Config(rows, bt, n, 0, stages, t, specialized=p) for n, p in shares for t in together]
     return found
 
 

@@ -49,6 +49,7 @@ def run_form(
     group: int,
     decoder: Decoder,
     flags: tuple[bool, bool, bool, bool],
+    second: Tensor | None,
 ) -> None:
     """The form that a configuration names.
 
@@ -75,5 +76,5 @@ def run_form(
     else:
         from qfx.kernels.gpu import w4a8_large
 
-        cut8 = w4a8_large.Config(config.bt, config.stages, config.tokens, whole, programs)
-        w4a8_large.w4a8_large(x, x_scale, tiles, scale, bias, rows, group, y.dtype, cut8, y)
+        cut8 = w4a8_large.Config(config.bt, config.stages, config.tokens, whole, programs, bn=config.bn or 256)
+        w4a8_large.w4a8_large(x, x_scale, tiles, scale, bias, rows, group, y.dtype, cut8, y, second)

@@ -28,6 +28,7 @@ from qfx.kernels.gpu.launch import Launcher, capability
 from qfx.kernels.gpu.parts import counters
 from qfx.kernels.gpu.pieces import async_load, finish, piece, pieces, place
 from qfx.kernels.gpu.w4_large import _descriptor, _processors
+from qfx.kernels.gpu.w4a8_whole import multiply
 
 # A byte of layout `halves` has column j below column 64 + j. A two's complement nibble in the upper half of a byte is
 # 16 times itself.
@@ -55,24 +56,26 @@ def _launch_next():
 @gluon.jit
 def _load(x, w, s, xs, ws, ss, full, free, M, N, K, GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr,
           STAGES: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
-    _, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE)
+    ROWS: gl.constexpr = ws.shape[1]
+    _, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE, ROWS)
     _wait_for_previous()
     step = 0
     for number in range(count):
         tile, k0, k1 = piece(number, blocks, alone, first, last)
-        n, m = place(tile, M, N, BT, TOKENS)
+        n, m = place(tile, M, N, BT, TOKENS, ROWS)
         for k in range(k0, k1):
             slot = step % STAGES
             # the slot's first turn finds the barrier of the turn before it already passed
             mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
             ready = full.index(slot)
-            mbarrier.expect(ready, BT * 128 + 2 * 128 * 64 + (1024 if GROUP > 0 else 0))
+            mbarrier.expect(ready, BT * 128 + ROWS * 64 + (ROWS * 4 if GROUP > 0 else 0))
             octets = ws.index(slot)
-            async_load(w, [(2 * n * blocks + k) * 128, 0], ready, octets.slice(0, 128, 0))
-            async_load(w, [((2 * n + 1) * blocks + k) * 128, 0], ready, octets.slice(128, 128, 0))
+            for i in gl.static_range(ROWS // 128):  # tiles of memory have 128 rows
+                row = ((n * (ROWS // 128) + i) * blocks + k) * 128
+                async_load(w, [row, 0], ready, octets.slice(i * 128, 128, 0))
             async_load(x, [m * BT, k * 128], ready, xs.index(slot))
             if GROUP > 0:
-                async_load(s, [k * 128 // GROUP, n * 256], ready, ss.index(slot))
+                async_load(s, [k * 128 // GROUP, n * ROWS], ready, ss.index(slot))
             step += 1
     _launch_next()
 
@@ -180,15 +183,35 @@ def _multiply(
 
 
 @gluon.jit
+def _rows(
+    y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+    PART: gl.constexpr, GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
+    WHOLE: gl.constexpr, FACTOR: gl.constexpr, MAGIC: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Rows 128 · PART and up of every tile, with sums over whole rows or scaled ones."""
+    if SUMS:
+        multiply(
+            y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+            PART, GROUP > 0, BT, TOKENS, STAGES, WHOLE, FACTOR,
+        )  # fmt: skip
+    else:
+        _multiply(
+            y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+            PART, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR, MAGIC,
+        )  # fmt: skip
+
+
+@gluon.jit
 def _w4a8_large(
     x, w, s, y, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr, FACTOR: gl.constexpr,
-    MAGIC: gl.constexpr,
+    MAGIC: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
     BT: gl.constexpr = x.block_shape[0]
     xs = gl.allocate_shared_memory(x.dtype, [STAGES, BT, 128], x.layout)
-    ws = gl.allocate_shared_memory(w.dtype, [STAGES, 256, 64], w.layout)
-    ss = gl.allocate_shared_memory(s.dtype, [STAGES, 1, 256], s.layout)
+    ROWS: gl.constexpr = s.block_shape[1]
+    ws = gl.allocate_shared_memory(w.dtype, [STAGES, ROWS, 64], w.layout)
+    ss = gl.allocate_shared_memory(s.dtype, [STAGES, 1, ROWS], s.layout)
     staged = gl.allocate_shared_memory(y.dtype, [2, BT, 64], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -202,17 +225,17 @@ def _w4a8_large(
         [
             (_load, (x, w, s, xs, ws, ss, full, free, M, N, K, GROUP, BT, TOKENS, STAGES, WHOLE)),
             (
-                _multiply,
+                _rows,
                 (
                     y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
-                    0, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR, MAGIC,
+                    0, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR, MAGIC, SUMS,
                 ),
             ),
             (
-                _multiply,
+                _rows,
                 (
                     y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
-                    1, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR, MAGIC,
+                    1, GROUP, BT, TOKENS, STAGES, WHOLE, FACTOR, MAGIC, SUMS,
                 ),
             ),
         ],
@@ -232,6 +255,7 @@ class Config:
         whole: every program computes whole tiles; otherwise the last ones are split among all programs.
         programs: how many there are at most; 0 for one on each multiprocessor.
         magic: sums become floats by additions and not by conversions.
+        bn: rows of a tile: 256, or 128 where sums run over whole rows.
     """
 
     bt: int = 128
@@ -240,11 +264,12 @@ class Config:
     whole: bool = False
     programs: int = 0
     magic: bool = False
+    bn: int = 256
 
 
 @cache
-def launcher(config: Config, group: int, factor: float) -> Launcher:
-    """The kernel for one configuration."""
+def launcher(config: Config, group: int, factor: float, sums: bool) -> Launcher:
+    """The kernel for one configuration; `sums`: those of `w4a8_whole`."""
     return Launcher(
         _w4a8_large,
         GROUP=group,
@@ -253,11 +278,14 @@ def launcher(config: Config, group: int, factor: float) -> Launcher:
         WHOLE=config.whole,
         FACTOR=factor,
         MAGIC=config.magic,
+        SUMS=sums,
         num_warps=4,
         launch_pdl=True,
     )
 
 
+MOST = 1 << 17
+"""Columns from which on the sum of a row may not fit in 32 bits: 128 times 128 each."""
 _FORMS = {torch.int8: ("int8", 1 / 16), torch.float8_e4m3fn: ("float8e4nv", 2.0**9)}
 """By the dtype of the activations: its name in Triton, and the factor that undoes what the decoder multiplies by."""
 
@@ -290,6 +318,7 @@ def w4a8_large(
     dtype: torch.dtype = torch.bfloat16,
     config: Config = Config(),
     out: Tensor | None = None,
+    second: Tensor | None = None,
 ) -> Tensor:
     """`x · x_scale @ W.T + bias` from kernel layout, for many tokens.
 
@@ -304,6 +333,7 @@ def w4a8_large(
         dtype: of the output: bfloat16 or float16.
         config: how the launch is cut.
         out: `[tokens, out]` of that dtype, contiguous, to be filled; or None.
+        second: float32 `[128 · row tiles]`, of which the scales are whole multiples, 1 to 15, for int8; or None.
 
     Returns:
         `[tokens, out]`.
@@ -312,22 +342,25 @@ def w4a8_large(
     y = torch.empty((tokens, rows), dtype=dtype, device=x.device) if out is None else out
     if tokens == 0 or rows == 0:
         return y
-    bt, blocks = config.bt, tiles.shape[1]
-    count = -(-rows // 256) * -(-tokens // bt)
+    form, factor = _FORMS[x.dtype]
+    sums = x.dtype == torch.int8 and (group < 0 or second is not None) and columns < MOST
+    if sums and group > 0:
+        factor = 1.0  # codes are decoded as they are
+    bt, bn, blocks = config.bt, config.bn if sums else 256, tiles.shape[1]
+    count = -(-rows // bn) * -(-tokens // bt)
     programs = config.programs or _processors(x.device)
     programs = min(programs, count if config.whole else count * blocks)
     part = arrived = None
     if not config.whole:
-        part = torch.empty(programs * 2 * 256 * bt, dtype=torch.float32, device=x.device)
-        arrived = counters(4 * min(count, 2 * programs), x.device)
+        part = torch.empty(programs * 2 * bn * bt, dtype=torch.float32, device=x.device)
+        arrived = counters(bn // 64 * min(count, 2 * programs), x.device)
     kind = "bfloat16" if y.dtype == torch.bfloat16 else "float16"
-    form, factor = _FORMS[x.dtype]
-    launcher(config, group, factor)(
+    launcher(config, group, factor, sums)(
         (programs, 1, 1),
         _descriptor(x, [tokens, columns], x.stride(0), (bt, 128), form),
         _descriptor(tiles, [tiles.shape[0] * blocks * 128, 64], 64, (128, 64), "uint8"),
-        _descriptor(scale, list(scale.shape), scale.shape[1], (1, 256), "float32"),
+        _descriptor(scale, list(scale.shape), scale.shape[1], (1, bn), "float32"),
         _descriptor(y, [tokens, rows], rows, (bt, 64), kind),
-        x_scale, scale, bias, part, arrived, tokens, rows, columns, scale.shape[1],
+        x_scale, second if sums and group > 0 else scale, bias, part, arrived, tokens, rows, columns, scale.shape[1],
     )  # fmt: skip
     return y

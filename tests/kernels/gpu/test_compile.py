@@ -95,12 +95,15 @@ def w4_large(group: int, x: torch.dtype = BF16, zero: bool = False, table: str =
     w4_large_module.w4_large(torch.empty(1024, SIDE, dtype=x), tiles, scale, *rest)
 
 
-def w4a8_large(group: int, out: torch.dtype = BF16, codes: torch.dtype = INT8, **config: int) -> None:
+def w4a8_large(
+    group: int, out: torch.dtype = BF16, codes: torch.dtype = INT8, second: bool = False, **config: int
+) -> None:
     tiles = torch.empty(SIDE // 128, SIDE // 128, 128, 64, dtype=torch.uint8)
     scale, bias = torch.empty(1 if group < 0 else SIDE // group, SIDE), torch.empty(SIDE, dtype=out)
     chosen = w4a8_large_module.Config(**config)
     x, x_scale = torch.empty(1024, SIDE, dtype=codes), torch.empty(1024, 1)
-    w4a8_large_module.w4a8_large(x, x_scale, tiles, scale, bias, SIDE, group, out, chosen)
+    multiples = torch.empty(SIDE) if second else None
+    w4a8_large_module.w4a8_large(x, x_scale, tiles, scale, bias, SIDE, group, out, chosen, second=multiples)
 
 
 def gemm8(
@@ -216,6 +219,9 @@ def cases(capability: int) -> dict[str, Callable[[], None]]:
             "w4a8_large bf16 g128": lambda: w4a8_large(128),
             "w4a8_large f16 channel, 64 tokens": lambda: w4a8_large(-1, F16, bt=64, stages=6),
             "w4a8_large e4m3 g128": lambda: w4a8_large(128, codes=E4M3),
+            "w4a8_whole bf16 g128": lambda: w4a8_large(128, second=True, stages=5),
+            "w4a8_whole bf16 channel of 256 tokens": lambda: w4a8_large(-1, bt=256, bn=128),
+            "w4a8_whole f16 g256 of 256 tokens": lambda: w4a8_large(256, F16, second=True, bt=256, bn=128),
         }
     return found
 
