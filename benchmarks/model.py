@@ -55,7 +55,7 @@ class Worker:
     def __init__(self, a: argparse.Namespace, model: str, way: str, lock: str) -> None:
         self.way, self.lines = way, queue.Queue[str | None]()
         kept = [x for flag in ("decode", "prefill") if (v := getattr(a, flag)) for x in (f"--{flag}", *map(_text, v))]
-        more = ["--layers", str(a.layers)] if a.layers else []
+        more = [*(["--layers", str(a.layers)] if a.layers else []), *(["--body"] if a.body else [])]
         command = [sys.executable, sys.argv[0], "--worker", way, "--models", model, "--scope", a.scope, *kept, *more]
         self.process = subprocess.Popen(
             [*command, "--lock", lock],
@@ -99,7 +99,7 @@ def work(a: argparse.Namespace) -> None:
     """A worker: prepares all cases of one way, waits for its turn, measures."""
     torch.set_grad_enabled(False)
     name = a.models[0]
-    variant = variants.Variant(name, a.worker, a.layers, a.scope, a.device)
+    variant = variants.Variant(name, a.worker, a.layers, a.scope, a.device, a.body)
     prepared: list[tuple[str, int, Any]] = []
     failed: dict[str, Any] = {}
     torch.zeros(1, device=a.device)  # before its turn to build, so that the turn is short
@@ -195,6 +195,7 @@ def main() -> None:
     ap.add_argument("--ways", nargs="*", default=WANTED)
     ap.add_argument("--scope", default="compile", choices=["eager", "compile", "layers"])
     ap.add_argument("--layers", type=int, help="fewer decoder layers than the model has")
+    ap.add_argument("--body", action="store_true", help="layers alone: no output head, and embeddings are not counted")
     ap.add_argument("--decode", nargs="*", type=int, default=DECODE, help="batch sizes")
     ap.add_argument("--prefill", nargs="*", type=lambda s: tuple(map(int, s.split("x"))), help="batch x tokens ...")
     ap.add_argument("--device", default="cuda")

@@ -22,7 +22,8 @@ def module(name: str) -> Any:
         sys.path.remove(str(BENCHMARKS))
 
 
-cases, ops, peers, report, timing, variants = map(module, ("cases", "ops", "peers", "report", "timing", "variants"))
+cases, models, ops, peers = map(module, ("cases", "models", "ops", "peers"))
+report, timing, variants = map(module, ("report", "timing", "variants"))
 
 
 def weight(out: int = 256, columns: int = 384) -> torch.Tensor:
@@ -131,6 +132,18 @@ def test_whole_models_are_quantized_and_get_their_kernels(way: str, smaller: boo
     found = [(case, tokens) for case, tokens, _ in made.cases([1, 4], [(2, 16)])]  # cases run on a GPU only
     assert found == [("decode 1", 1), ("decode 4", 4), ("prefill 2x16", 32)]
     assert (made.row["weights"] < plain.row["weights"]) == smaller == made.row.get("lowered", "").startswith("lowered")
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_layers_alone_have_no_head(name: str) -> None:
+    made = variants.Variant(name, "bf16", 1, "eager", "cpu", body=True)
+    made.build()
+    assert len(list(made.cases([1], [(2, 16)]))) == 2
+    body, ids = made.model, torch.zeros(2, 16, dtype=torch.int64)
+    assert body is not None and body.get_output_embeddings() is None
+    layers = models.stored_bytes(next(m for m in body.modules() if isinstance(m, torch.nn.ModuleList)))
+    assert layers <= made.row["weights"] < layers + 256 * 2100 * 2  # and a norm, and OPT's positions
+    assert models._result(body(input_ids=ids, use_cache=False)).shape == (2, 16, 256)
 
 
 @pytest.mark.parametrize("way", ["modules:W4A16", "fused:W8A8"])

@@ -155,7 +155,7 @@ def decode_step(model: nn.Module, forward: Callable[..., Any], batch: int) -> St
 
     def run() -> Tensor:
         given = {"attention_mask": mask, "position_ids": place}
-        return forward(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits
+        return _result(forward(input_ids=ids, past_key_values=cache, use_cache=True, **given))
 
     def reset() -> None:
         for layer in cache.layers:
@@ -163,6 +163,11 @@ def decode_step(model: nn.Module, forward: Callable[..., Any], batch: int) -> St
 
     reset()
     return Step(run, reset)
+
+
+def _result(out: Any) -> Tensor:
+    """Logits, or what the layers give, of a model without a head."""
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
 def decode_case(model: nn.Module, forward: Callable[..., Any], batch: int, replays: int = 20) -> Prepared:
@@ -200,17 +205,19 @@ def decode_case(model: nn.Module, forward: Callable[..., Any], batch: int, repla
     return measure
 
 
-def prefill_case(forward: Callable[..., Any], ids: Tensor, repeats: int = 7) -> Prepared:
-    """A pass over a prompt without a cache, in a CUDA graph; logits of the last position only, as `generate` asks for.
+def prefill_case(forward: Callable[..., Any], ids: Tensor, head: bool = True, repeats: int = 7) -> Prepared:
+    """A pass over a prompt without a cache, in a CUDA graph; with a head, logits of the last position only.
 
     What is returned also has `launched`, the milliseconds of a pass that the host launches op by op: more where the
     host is the slower one.
     """
 
-    def call() -> Any:
-        return forward(input_ids=ids, use_cache=False, logits_to_keep=1)
+    kept = {"logits_to_keep": 1} if head else {}
 
-    if not call().logits.isfinite().all():
+    def call() -> Tensor:
+        return _result(forward(input_ids=ids, use_cache=False, **kept))
+
+    if not call().isfinite().all():
         raise ArithmeticError("the logits are not finite")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -34,18 +34,26 @@ class Variant:
         layers: how many, or None for all.
         scope: "compile" for one graph of the whole model, "layers" for each layer by itself, "eager" for no compiling.
         device: where.
+        body: without the output head, and the embeddings are not counted as weights.
 
     Attributes:
         row: what is known of it: bytes of weights, seconds of the first call of each case, notes.
     """
 
-    def __init__(self, name: str, way: str, layers: int | None, scope: str, device: str) -> None:
-        self.name, self.way, self.layers, self.scope, self.device = name, way, layers, scope, device
+    def __init__(self, name: str, way: str, layers: int | None, scope: str, device: str, body: bool = False) -> None:
+        self.name, self.way, self.layers, self.scope, self.device, self.body = name, way, layers, scope, device, body
         self.kind, _, option = way.partition(":")
         self.option, self.head = option.removesuffix("+head"), option.endswith("+head")
         if self.kind not in WAYS:
             raise SystemExit(f"model: no way {way!r}; use {HELP}")
-        self.row: dict[str, Any] = {"model": name, "way": way, "scope": scope, "layers": layers, "first": {}}
+        self.row: dict[str, Any] = {
+            "model": name,
+            "way": way,
+            "scope": scope,
+            "layers": layers,
+            "body": body,
+            "first": {},
+        }
         self.model: nn.Module | None = None
 
     def build(self) -> None:
@@ -83,6 +91,11 @@ class Variant:
         """Every case: its name, its tokens, and what compiles it, runs it once, and returns how to time it."""
         assert self.model is not None
         self._lower()
+        if self.body:
+            self.model = self.model.base_model
+            embeddings = models.stored_bytes(self.model.get_input_embeddings())  # type: ignore[operator]
+            self.row["weights"] = models.stored_bytes(self.model) - embeddings
+            models.free()
         forward = models.compiled(self.model, self.scope, self._settings())
         if self.kind == "released":
             models.decode_step(self.model, forward, 1).run()
@@ -95,7 +108,11 @@ class Variant:
         for batch, tokens in prefill:
             ids = torch.randint(0, self.model.config.vocab_size, (batch, tokens), device=self.device)
             case = f"prefill {batch}x{tokens}"
-            yield case, batch * tokens, partial(self._first, case, partial(models.prefill_case, forward, ids))
+            yield (
+                case,
+                batch * tokens,
+                partial(self._first, case, partial(models.prefill_case, forward, ids, not self.body)),
+            )
 
     def _first(self, name: str, make: Callable[[], models.Prepared]) -> models.Prepared:
         began = time.perf_counter()

@@ -69,7 +69,7 @@ def gemm8(
             "gemm8",
             ("int8" if int8 else "fp8", tma, cublas, f"{n}x{k}", shape[0]),
             default(*shape),
-            lambda: candidates(*shape),
+            lambda: candidates(*shape, hopper=_is_hopper(a.device)),
             lambda c, w: _run(c, o._replace(b=w)),
             b,
         )
@@ -188,6 +188,11 @@ def _instead(config: Config) -> Config:
 def _has_tma(device: torch.device) -> bool:
     # sm_120 has it too, but only 99 KB of shared memory
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _cublas_takes(o: Operands) -> bool:

@@ -158,7 +158,9 @@ def large_candidates(m: int, n: int, k: int, int8: bool, tma: bool = True) -> li
     return found
 
 
-def candidates(m: int, n: int, k: int, int8: bool, tma: bool = True, cublas: bool = False) -> list[Config]:
+def candidates(
+    m: int, n: int, k: int, int8: bool, tma: bool = True, cublas: bool = False, hopper: bool = False
+) -> list[Config]:
     """What `tune.pick` tries for `[m, k] x [n, k]`."""
     found = []
     if m <= 8:
@@ -168,6 +170,8 @@ def candidates(m: int, n: int, k: int, int8: bool, tma: bool = True, cublas: boo
         found += skinny_candidates(m, n, k, int8, tma)
     if m > 128:
         found += large_candidates(m, n, k, int8, tma)
+    if m > 128 and tma and hopper:
+        found += specialized_candidates(m, n, k, int8)
     if cublas and m > 16:
         found.append(Config("cublas"))
     return found

@@ -223,6 +223,9 @@ def test_candidates_are_sound() -> None:
                     assert all((tma or not c.tma) and (c.split == 1 or 4 * c.split <= -(-k // 128)) for c in found)
                     assert all((c.tokens + c.channels) * c.depth * c.stages <= SHARED for c in found)
             assert len(specialized_candidates(m, n, k, int8)) <= 24
+            for hopper in (True, False):
+                forms = {c.form for c in candidates(m, n, k, int8, hopper=hopper)}
+                assert ("specialized" in forms) == (hopper and m > 128)
             for chosen in (default(m, n, k, int8), default(m, n, k, int8, False)):
                 assert (chosen.tokens + chosen.channels) * chosen.depth * chosen.stages <= SHARED
                 assert chosen.form != "cublas" and chosen == default(m, n, k, int8, chosen.tma)
