@@ -96,8 +96,8 @@ def test_random_shapes(seed) -> None:
 def test_every_code_times_every_multiple_is_itself() -> None:
     """One column of a token is 1 and all others 0: each weight comes out alone, exactly."""
     columns = 15 * 128
-    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(columns // 16, 1).t().flatten().repeat(256, 1)
-    codes = torch.stack([row.roll(i) for i, row in enumerate(codes)])
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(columns // 16)
+    codes = torch.stack([codes.roll(i) for i in range(256)])
     multiples = torch.arange(1, 16).repeat(256, 1)
     given = [
         torch.eye(columns, dtype=torch.int8).cuda(), torch.ones(columns, 1).cuda(),
