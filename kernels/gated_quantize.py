@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qfx.core.errors import KernelError
 from qfx.kernels._cuda import on_cuda
+from qfx.kernels.gated import ACTS, check
 from qfx.kernels.quantize_rows import codes_of, empty_codes, gpu_reason
 
 CASES = [
@@ -22,15 +19,6 @@ CASES = [
     ((4,), 48, "int4_narrow", "none", True),
 ]
 """(leading dims, channels, grid, function, gated)."""
-
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
-    "relu": F.relu,
-    "none": lambda v: v,
-}
-"""Functions by name."""
 
 
 @torch.library.custom_op("qfx::gated_quantize", mutates_args=())
@@ -58,7 +46,7 @@ def gated_quantize(
     Raises:
         KernelError: shapes or dtypes do not fit, the function or grid is unknown, or unsigned without a static scale.
     """
-    _check(gate, up, act)
+    check("gated_quantize", gate, up, act)
     return _reference(gate, up, act, x_grid, x_scale, x_zero)
 
 
@@ -79,7 +67,7 @@ def _(
     x_scale: Tensor | None = None,
     x_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(gate, up, act)
+    check("gated_quantize", gate, up, act)
     if x_grid:
         return empty_codes(gate, x_grid)
     return gate.new_empty(gate.shape), gate.new_empty(0, dtype=torch.float32)
@@ -94,7 +82,7 @@ def _(
     x_scale: Tensor | None = None,
     x_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(gate, up, act)
+    check("gated_quantize", gate, up, act)
     if gpu_reason(gate, x_grid, x_scale, x_zero):
         return _reference(gate, up, act, x_grid, x_scale, x_zero)
     from qfx.kernels.gpu.gated_quantize import gated_quantize as run
@@ -104,13 +92,3 @@ def _(
     if gate.dim() == 2:
         return y, scale
     return y.view(gate.shape), scale.view(*gate.shape[:-1], 1) if x_grid else scale
-
-
-def _check(gate: Tensor, up: Tensor | None, act: str) -> None:
-    if act not in ACTS:
-        raise KernelError(f"gated_quantize: no function {act!r}; use one of {', '.join(ACTS)}")
-    if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype):
-        raise KernelError(
-            f"gated_quantize: gate is {gate.dtype} {tuple(gate.shape)}, up is {up.dtype} {tuple(up.shape)}; "
-            f"give equal ones"
-        )

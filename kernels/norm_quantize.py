@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qfx.core.errors import KernelError
 from qfx.kernels._cuda import on_cuda
+from qfx.kernels.norm import check, normalize
 from qfx.kernels.quantize_rows import codes_of, empty_codes, gpu_reason
 
 CASES = [
@@ -58,7 +58,7 @@ def norm_quantize(
     Raises:
         KernelError: shapes or dtypes do not fit, the grid is unknown, or unsigned without a static scale.
     """
-    _check(x, residual, gain, bias)
+    check("norm_quantize", x, residual, gain, bias)
     return _reference(x, residual, gain, bias, eps, center, cast_first, x_grid, x_scale, x_zero, keep_y)
 
 
@@ -75,18 +75,7 @@ def _reference(
     x_zero: Tensor | None,
     keep_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = x.new_empty(0) if residual is None else (x.float() + residual.float()).to(x.dtype).contiguous()
-    v = (x if residual is None else total).float()
-    if center:
-        v = v - v.mean(-1, keepdim=True)
-    v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
-    if cast_first:
-        v = v.to(x.dtype).float()
-    if gain is not None:
-        v = v * gain.float()
-    if bias is not None:
-        v = v + bias.float()
-    y = v.to(x.dtype).contiguous()
+    y, total = normalize(x, residual, gain, bias, eps, center, cast_first)
     codes, scale = codes_of(y, x_grid, x_scale, x_zero) if x_grid else (x.new_empty(0), x.new_empty(0).float())
     return codes, scale, y if keep_y or not x_grid else x.new_empty(0), total
 
@@ -105,7 +94,7 @@ def _(
     x_zero: Tensor | None = None,
     keep_y: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, residual, gain, bias)
+    check("norm_quantize", x, residual, gain, bias)
     codes, scale = empty_codes(x, x_grid) if x_grid else (x.new_empty(0), x.new_empty(0, dtype=torch.float32))
     y = x.new_empty(x.shape if keep_y or not x_grid else (0,))
     return codes, scale, y, x.new_empty((0,) if residual is None else x.shape)
@@ -125,7 +114,7 @@ def _(
     x_zero: Tensor | None = None,
     keep_y: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, residual, gain, bias)
+    check("norm_quantize", x, residual, gain, bias)
     if gpu_reason(x, x_grid, x_scale, x_zero, whole_row=True):
         return _reference(x, residual, gain, bias, eps, center, cast_first, x_grid, x_scale, x_zero, keep_y)
     from qfx.kernels.gpu.norm_quantize import norm_quantize as run
@@ -141,11 +130,3 @@ def _(
         codes, scale = codes.view(x.shape), scale.view(*lead, 1)
     y = y.view(x.shape) if keep_y or not x_grid else y
     return codes, scale, y, total if residual is None else total.view(x.shape)
-
-
-def _check(x: Tensor, residual: Tensor | None, gain: Tensor | None, bias: Tensor | None) -> None:
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise KernelError(f"norm_quantize: x {tuple(x.shape)} and a residual {tuple(residual.shape)}; give equal ones")
-    for t, name in ((gain, "gain"), (bias, "bias")):
-        if t is not None and t.shape != x.shape[-1:]:
-            raise KernelError(f"norm_quantize: {name} {tuple(t.shape)} for {x.shape[-1]} channels; give one for each")

@@ -16,7 +16,8 @@ from qfx.kernels.gpu.rowwise import Tile, quantize_tile, round_to, rounded, sigm
 
 
 @triton.jit
-def _act(v, ACT: tl.constexpr):
+def activate(v, ACT: tl.constexpr):
+    """An activation function of float32."""
     if ACT == "relu":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "silu":
@@ -31,7 +32,7 @@ def _act(v, ACT: tl.constexpr):
 @triton.jit
 def _value(gate, up, g_at, u_at, mask, ACT: tl.constexpr, POLICY: tl.constexpr):
     g = tl.load(gate + g_at, mask=mask, other=0.0, eviction_policy=POLICY)
-    v = _act(g.to(tl.float32), ACT)
+    v = activate(g.to(tl.float32), ACT)
     if up is not None:
         v = v * tl.load(up + u_at, mask=mask, other=0.0, eviction_policy=POLICY).to(tl.float32)
     if up is not None or ACT != "none":

@@ -1,4 +1,4 @@
-"""RMSNorm or LayerNorm of rows, behind an optional residual sum, then codes: one read, one write."""
+"""RMSNorm or LayerNorm of rows, behind an optional residual sum, then codes or values: one read, one write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qfx.kernels.gpu import rowwise, tune
-from qfx.kernels.gpu.launch import Launcher
+from qfx.kernels.gpu.launch import Launcher, capability
+from qfx.kernels.gpu.pdl import ROOM, launch_next, prefetch, wait_for_previous
 from qfx.kernels.gpu.rowwise import Tile, keep, quantize_tile, round_to, rounded
 
 
@@ -22,9 +23,16 @@ def _mean(v, D: tl.constexpr):
 def _kernel(
     x, residual, gain, bias, total, y, codes, scale, x_scale, x_zero, tokens, x_stride, r_stride, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CENTER: tl.constexpr, CAST_FIRST: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, ROOM: tl.constexpr, PDL: tl.constexpr,
     KIND: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, REACH: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
+    if ROOM and gain is not None:
+        prefetch(gain, D, BLOCK, PDL)
+    if ROOM and bias is not None:
+        prefetch(bias, D, BLOCK, PDL)
+    wait_for_previous(PDL)
+    if ROOM:
+        launch_next(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     row_mask, col_mask = row < tokens, col < D
@@ -52,6 +60,8 @@ def _kernel(
         v = v * g.to(tl.float32)
     if bias is not None:
         v = v + tl.load(bias + col, mask=col_mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if not ROOM:
+        launch_next(PDL)
     v = rounded(v, loaded.dtype)
     if y is not None:
         tl.store(y + at, round_to(v, loaded.dtype), mask=mask)
@@ -63,11 +73,14 @@ def _kernel(
 
 @functools.cache
 def _launcher(
-    tile: Tile, columns: int, center: bool, cast_first: bool, x_grid: str, dynamic: bool, early: bool
+    tile: Tile, columns: int, center: bool, cast_first: bool, x_grid: str, flags: tuple[bool, ...]
 ) -> Launcher:
+    dynamic, early, room, pdl = flags
     grid = rowwise.grid_meta(x_grid, dynamic)
     meta = {"D": columns, "ROWS": tile.rows, "BLOCK": tile.block, "CENTER": center, "CAST_FIRST": cast_first}
-    return Launcher(_kernel, **meta, EARLY=early, **grid, num_warps=tile.warps, num_stages=1)
+    return Launcher(
+        _kernel, **meta, EARLY=early, ROOM=room, PDL=pdl, **grid, num_warps=tile.warps, num_stages=1, launch_pdl=pdl
+    )
 
 
 def whole_rows(columns: int) -> list[Tile]:
@@ -98,10 +111,12 @@ def norm_quantize(
         residual, gain, bias, total if residual is not None else None, y if y.numel() else None,
         codes, scale, x_scale, x_zero, tokens, x.stride(0), 0 if residual is None else residual.stride(0), eps,
     )  # fmt: skip
+    pdl = capability(x.device) >= 90
 
     def run(tile: Tile, x: Tensor) -> None:
-        launch = _launcher(tile, columns, center, cast_first, x_grid, x_scale is None, tokens <= 512)
-        launch((-(-tokens // tile.rows), 1, 1), x, *rest)
+        programs = -(-tokens // tile.rows)
+        flags = x_scale is None, tokens <= 512, programs <= ROOM, pdl
+        _launcher(tile, columns, center, cast_first, x_grid, flags)((programs, 1, 1), x, *rest)
 
     if tile is None:
         bucket = tune.bucket(tokens)

@@ -16,8 +16,8 @@ from torch import nn
 
 import qfx
 from qfx import kernels
-from qfx.kernels import fp8_gemm, gated_quantize, hadamard, int8_gemm, int8_outlier_linear, nf4_linear
-from qfx.kernels import norm_quantize, quantize_rows, w4a8_linear, w4a16_linear
+from qfx.kernels import fp8_gemm, gated, gated_quantize, hadamard, int8_gemm, int8_outlier_linear, nf4_linear
+from qfx.kernels import norm, norm_quantize, quantize_rows, w4a8_linear, w4a16_linear
 
 model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))
 x = torch.randn(8, 64)
@@ -37,6 +37,7 @@ fp8 = weight.to(torch.float8_e4m3fn)
 assert fp8_gemm.fp8_gemm(quantize_rows.quantize_rows(x, "e4m3")[0], scale, fp8, one).shape == (8, 32)
 assert int8_outlier_linear.int8_outlier_linear(x, weight, one, threshold=6.0).shape == (8, 32)
 assert norm_quantize.norm_quantize(x)[0].dtype == gated_quantize.gated_quantize(x, x)[0].dtype == torch.int8
+assert norm.norm(x)[0].dtype == gated.gated(x, x).dtype == x.dtype
 assert hadamard.hadamard(hadamard.hadamard(x, 64)[0], 64)[0].allclose(x, atol=1e-5)
 tiles, absmax = nf4_linear.prepare(*nf4_linear.quantize(torch.randn(32, 64)))
 assert nf4_linear.nf4_linear(x, tiles, absmax, None, 32).shape == (8, 32)

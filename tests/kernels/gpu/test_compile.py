@@ -41,6 +41,7 @@ from qfx.kernels.gpu import (
     rowwise,
     tune,
 )
+from qfx.kernels.gpu import gated as gated_module
 from qfx.kernels.gpu import gemm8 as gemm8_module
 from qfx.kernels.gpu import w4 as w4_module
 from qfx.kernels.gpu import w4_large as w4_large_module
@@ -135,6 +136,11 @@ def norm(tokens: int, columns: int, grid: str, dtype: torch.dtype = BF16, layer:
     norm_quantize.norm_quantize(x, x, gain, bias, 1e-6, layer, not layer, grid, None, None, False)
 
 
+def gated_values(tokens: int, columns: int, act: str, dtype: torch.dtype = BF16) -> None:
+    gate, up = torch.empty(tokens, 2 * columns, dtype=dtype).chunk(2, 1)
+    gated_module.gated(gate, up, act)
+
+
 def hadamard(tokens: int, columns: int, block: int, grid: str, dtype: torch.dtype = BF16) -> None:
     hadamard_kernel(torch.empty(tokens, columns, dtype=dtype), block, grid)
 
@@ -187,6 +193,10 @@ def cases(capability: int) -> dict[str, Callable[[], None]]:
         "gated_quantize gelu values, 64": lambda: gated(64, 4096, "gelu", "", F16),
         "norm_quantize rms int8, 1": lambda: norm(1, 4096, "int8_narrow"),
         "norm_quantize layer int8, 8192": lambda: norm(8192, 8192, "int8_narrow", F32, layer=True),
+        "gated silu, 1": lambda: gated_values(1, 14336, "silu"),
+        "gated gelu, 8192": lambda: gated_values(8192, 11008, "gelu", F32),
+        "norm rms, 1": lambda: norm(1, 4096, ""),
+        "norm layer, 8192": lambda: norm(8192, 5120, "", F16, layer=True),
         "hadamard 4096 int8, 1": lambda: hadamard(1, 4096, 4096, "int8_narrow"),
         "hadamard 14336 int8, 64": lambda: hadamard(64, 14336, 14336, "int8_narrow"),
         "hadamard 8192 in 128, 8192": lambda: hadamard(8192, 8192, 128, "int8_narrow", F16),

@@ -98,6 +98,8 @@ def _rows(op: str, m: int) -> Run:
         "gated": lambda: ops.gated_quantize(x, other, "silu", "e4m3"),
         "norm": lambda: ops.norm_quantize(x, other, gain, None, 1e-5, False, True, "int8_narrow", None, None, True),
         "hadamard": lambda: ops.hadamard(x, 4096, "int8_narrow"),
+        "gated values": lambda: ops.gated(x, other, "silu"),
+        "norm values": lambda: ops.norm(x, other, gain, None, 1e-5),
     }
     return Run(calls[op], [x, other])
 
@@ -125,7 +127,7 @@ RUNS: dict[str, Callable[[], Run]] = {
     "outliers, dynamic": lambda: _outlier(300, 6.0),
     **{
         f"{op}, {m} rows": (lambda op=op, m=m: _rows(op, m))
-        for op in ("quantize", "gated", "norm", "hadamard")
+        for op in ("quantize", "gated", "norm", "hadamard", "gated values", "norm values")
         for m in (3, 700)
     },
 }
@@ -177,6 +179,8 @@ def test_rows_past_two_to_the_31() -> None:
     check(lambda x: ops.quantize_rows(x, "int8_narrow"), two)
     check(lambda x, r: ops.norm_quantize(x, r, gain, None, 1e-5, False, True, "int8_narrow"), gate, up)
     check(lambda x: ops.hadamard(x, 128, "int8_narrow"), two)
+    check(lambda g, u: (ops.gated(g, u, "silu"),), gate, up)
+    check(lambda x, r: ops.norm(x, r, gain), gate, up)
 
 
 @pytest.mark.parametrize("family", ["int8", "w4a8"])
