@@ -13,7 +13,7 @@ from qfx.passes.discover.dynamo import Traced
 from qfx.passes.lower._rewrite import Rewritten
 from qfx.passes.lower.fuse import rewrite
 
-LEFT = ("fuse norms",)
+LEFT = ("fuse other norms",)
 """Rewrites of what no quantized linear reads: the next backend fuses it with more than a norm."""
 
 

@@ -230,7 +230,8 @@ def test_layouts_of_kernels(scheme: str, kernel: str, monkeypatch: pytest.Monkey
         assert codes.ops().count("qfx.w4a8_gemm") == 4 and "qfx.w4a8_linear" not in codes.ops()
         assert changed(chosen) == TWICE
     else:
-        assert codes.ops().count("qfx.w4a16_linear") == 4 and changed(chosen) == {"merge linears": 2}
+        assert [codes.ops().count(f"qfx.{op}") for op in ("w4a16_linear", "norm", "gated")] == [4, 2, 2]
+        assert changed(chosen) == {"merge linears": 2, "fuse gated products": 2, "fuse norms": 2}
 
 
 def test_graph_breaks() -> None:

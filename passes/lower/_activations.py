@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qfx.kernels.int8_gemm import ACTIVATIONS
-from qfx.passes.lower._rewrite import alike, is_call, is_cast
+from qfx.passes.lower._rewrite import WRITTEN, alike, is_call, is_cast, is_written
 
 aten = torch.ops.aten
 _POINTWISE = {
@@ -49,6 +49,27 @@ def find_activation(y: Any) -> Activation | None:
                     return Activation(x.args[0], name, inside | {x})  # type: ignore[arg-type]
                 return Activation(x, name, inside)
     return None
+
+
+class Gated(NamedTuple):
+    """`y = f(gate) · up`, or `y = f(gate)`: gate, up or None, and the name of f."""
+
+    gate: fx.Node
+    up: fx.Node | None
+    name: str
+
+
+def find_gated(y: fx.Node) -> Gated | str:
+    """The gated product, or activation function, of which a value is the result; or why not ("" if nothing like it)."""
+    found, up = find_activation(y), None
+    if found is None and is_call(y, aten.mul.Tensor) and len(y.all_input_nodes) == 2:
+        for left, right in (y.all_input_nodes, y.all_input_nodes[::-1]):
+            act = find_activation(left)
+            if found is None and act is not None and alike(act.x, right) and alike(y, right):
+                found, up = act, right
+    if found is None:
+        return ""
+    return WRITTEN if is_written(found.x) or is_written(up) else Gated(found.x, up, found.name)
 
 
 def activation_of(x: fx.Node) -> tuple[fx.Node, str] | None:

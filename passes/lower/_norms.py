@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from qfx.passes.lower._rewrite import arguments, is_call, is_cast, is_constant, sole_user, value
+from qfx.passes.lower._rewrite import (
+    WRITTEN,
+    Report,
+    alike,
+    arguments,
+    is_call,
+    is_cast,
+    is_constant,
+    is_written,
+    op_name,
+    sole_user,
+    value,
+)
 
 aten = torch.ops.aten
 
@@ -54,6 +66,24 @@ def find_norms(graph: fx.Graph) -> list[Norm]:
             if a is not None and b is not None and a.dtype == b.dtype:
                 found.append(norm)
     return found
+
+
+def summands(norm: Norm, miss: Report) -> tuple[fx.Node, fx.Node] | None:
+    """The two summands of a norm's input, if the norm can compute the sum."""
+    x = norm.x
+    if not is_call(x, aten.add.Tensor) or x.kwargs or len(x.all_input_nodes) != 2:
+        return None
+    a, b = x.all_input_nodes
+    if is_written(a) or is_written(b):
+        miss(x, WRITTEN)
+        return None
+    if not (alike(a, b) and alike(a, x)):
+        miss(x, "the summands in front of the norm differ in shape or dtype")
+        return None
+    if early := next((u for u in x.users if u < norm.first), None):
+        miss(x, f"the sum in front of the norm is read before it, by {op_name(early)!r}")
+        return None
+    return a, b
 
 
 def _one_op(node: fx.Node) -> Norm | None:

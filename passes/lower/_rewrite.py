@@ -27,6 +27,8 @@ _WRITTEN = "qfx_written"
 SHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 """Ops that give a value another shape, and nothing else."""
 
+WRITTEN = "the model writes into its input, in place"
+"""Why a place is left whose input `is_written`."""
 Report = Callable[[fx.Node, str], None]
 """Takes a place that a rewrite left, and why."""
 

@@ -15,20 +15,13 @@ import torch
 from torch import fx
 
 from qfx.core.report import Miss
-from qfx.kernels import (  # noqa: F401 (their import registers the ops)
-    fp8_gemm,
-    gated_quantize,
-    hadamard,
-    int8_gemm,
-    norm_quantize,
-    quantize_rows,
-    w4a8_linear,
-)
-from qfx.passes.lower._activations import activation_of, find_activation
+from qfx.kernels import int8_gemm  # its package registers the ops
+from qfx.passes.lower._activations import Gated, activation_of, find_gated
 from qfx.passes.lower._attention import share_heads
-from qfx.passes.lower._norms import Norm, find_norms
+from qfx.passes.lower._norms import Norm, find_norms, summands
 from qfx.passes.lower._rewrite import (
     SHAPES,
+    WRITTEN,
     Report,
     Rewritten,
     alike,
@@ -50,19 +43,21 @@ from qfx.passes.lower._rewrite import (
 
 aten, ops = torch.ops.aten, torch.ops.qfx
 QUANTIZE = ops.quantize_rows.default
-NORM, GATED = ops.norm_quantize.default, ops.gated_quantize.default
+NORM, GATED = ops.norm.default, ops.gated.default
+NORM_CODES, GATED_CODES = ops.norm_quantize.default, ops.gated_quantize.default
 HADAMARD = ops.hadamard.default
 GEMMS = {ops.int8_linear.default: ops.int8_gemm.default, ops.fp8_linear.default: ops.fp8_gemm.default}
 
 LINEARS = (*GEMMS, ops.w4a8_linear.default)
-WRITTEN = "the model writes into its input, in place"
+FLOAT_LINEARS = (ops.w4a16_linear.default, ops.wxa16_linear.default, ops.nf4_linear.default)
+"""Of quantized weights and float inputs, by kernels that start while what makes their input ends."""
 
 
 def keep_shape(graph: fx.Graph, miss: Report) -> int:
     """A linear whose input is made rows, and whose output is shaped back, takes the input as it is."""
     done = 0
     for node in list(graph.nodes):
-        rows, shaped = node.args[0] if is_call(node, *LINEARS) else None, sole_user(node)
+        rows, shaped = node.args[0] if is_call(node, *LINEARS, *FLOAT_LINEARS) else None, sole_user(node)
         if not isinstance(rows, fx.Node) or shaped is None or not all(is_call(n, *SHAPES) for n in (rows, shaped)):
             continue
         x = rows.args[0]
@@ -153,14 +148,15 @@ def quantize_gated(graph: fx.Graph, miss: Report) -> int:
         if not is_call(node, QUANTIZE):
             continue
         a = arguments(node)
-        found = _gated(a["x"])
+        found = find_gated(a["x"])
+        if isinstance(found, Gated) and len(a["x"].users) > 1:
+            found = f"{op_name(a['x'])!r} is read {len(a['x'].users)} times"
         if isinstance(found, str):
             if found:
                 miss(node, found)
             continue
-        gate, up, act = found
         with graph.inserting_before(node):
-            fused = emit(graph, GATED, (gate, up, act, a["x_grid"], a["x_scale"], a["x_zero"]), node)
+            fused = emit(graph, GATED_CODES, (*found, a["x_grid"], a["x_scale"], a["x_zero"]), node)
         replace(graph, node, fused)
         done += 1
     return done
@@ -219,37 +215,70 @@ def quantize_norms(graph: fx.Graph, miss: Report) -> int:
     return done
 
 
+def fuse_gated(graph: fx.Graph, miss: Report) -> int:
+    """`act(gate) · up`, or `act(gate)`, becomes one op where a linear with quantized weights reads it as it is."""
+    done = 0
+    for node in list(graph.nodes):
+        y = node.args[0] if is_call(node, *FLOAT_LINEARS) else None
+        if not isinstance(y, fx.Node):
+            continue
+        found = find_gated(y)
+        if isinstance(found, str):
+            if found:
+                miss(node, found)
+            continue
+        with graph.inserting_before(y):
+            fused = emit(graph, GATED, found, y)
+        replace(graph, y, fused)
+        done += 1
+    return done
+
+
 def fuse_norms(graph: fx.Graph, miss: Report) -> int:
-    """A norm that no quantized linear reads becomes one op, and takes the residual sum in front of it in."""
-    return sum(_fuse_norm(graph, norm, miss) for norm in reversed(find_norms(graph)))
+    """The same of norms: one takes the residual sum in front of it in."""
+    done = 0
+    for norm in reversed(find_norms(graph)):
+        if any(is_call(u, *FLOAT_LINEARS) for u in norm.y.users):
+            done += _fuse_norm(graph, norm, miss)
+        else:
+            miss(norm.y, "no linear with quantized weights and a float input reads it")
+    return done
 
 
-def _fuse_norm(graph: fx.Graph, norm: Norm, miss: Report) -> bool:
+def fuse_other_norms(graph: fx.Graph, miss: Report) -> int:
+    """A norm that no quantized linear reads becomes one op likewise, if it was several."""
+    return sum(_fuse_norm(graph, norm, miss, several=True) for norm in reversed(find_norms(graph)))
+
+
+def _fuse_norm(graph: fx.Graph, norm: Norm, miss: Report, several: bool = False) -> bool:
+    """One op for a norm and what quantizes its result; with `several`, if it and the sum have been more than one."""
     if is_written(norm.x) or is_written(norm.y):
         miss(norm.y, WRITTEN)
         return False
     readers = [u for u in norm.y.users if is_call(u, QUANTIZE)]
-    summed = _residual(norm, miss)
-    if not readers and summed is None and not norm.spelled:
+    summed = summands(norm, miss)
+    if several and summed is None and not norm.spelled:
         miss(norm.y, "it is one op, and there is no residual sum in front of it")
         return False
-    a = arguments(readers[0]) if readers else {"x_grid": "", "x_scale": None, "x_zero": None}
-    same = [r for r in readers if tuple(arguments(r).values()) == tuple(a.values())]
+    grid = tuple(arguments(readers[0]).values())[1:] if readers else ()
+    same = [r for r in readers if tuple(arguments(r).values())[1:] == grid]
     others = [u for u in norm.y.users if u not in same]
     x, residual = summed or (norm.x, None)
     with graph.inserting_before(norm.first):
-        for constant in (norm.gain, norm.bias, a["x_scale"], a["x_zero"]):
+        for constant in (norm.gain, norm.bias, *grid[1:]):
             hoist(constant, norm.first)
         # a number that the graph has as an input is one from here on; the graph's guards check that
         eps = float(norm.eps.meta["val"]) if isinstance(norm.eps, fx.Node) else norm.eps
-        settings = eps, norm.center, norm.cast_first
-        grid = a["x_grid"], a["x_scale"], a["x_zero"]
-        fused = emit(graph, NORM, (x, residual, norm.gain, norm.bias, *settings, *grid, bool(others)), norm.y)
+        args = x, residual, norm.gain, norm.bias, eps, norm.center, norm.cast_first
+        if readers:
+            fused = emit(graph, NORM_CODES, (*args, *grid, bool(others)), norm.y)
+        else:
+            fused = emit(graph, NORM, args, norm.y)
         if others:
-            y = part(graph, fused, 2)
+            y = part(graph, fused, 2 if readers else 0)
             norm.y.replace_all_uses_with(y, delete_user_cb=others.__contains__)
         if summed is not None:
-            total = part(graph, fused, 3)
+            total = part(graph, fused, 3 if readers else 1)
             after = [user for user in norm.x.users if user is not fused]
             norm.x.replace_all_uses_with(total, delete_user_cb=after.__contains__)
     for reader in same:
@@ -275,7 +304,9 @@ REWRITES: dict[str, Callable[[fx.Graph, Report], int]] = {
     "quantize hadamards": quantize_hadamards,
     "end products": end_products,
     "quantize norms": quantize_norms,
+    "fuse gated products": fuse_gated,
     "fuse norms": fuse_norms,
+    "fuse other norms": fuse_other_norms,
     "left alone": left_alone,
 }
 """In the order in which they run."""
@@ -315,22 +346,6 @@ def _merge_parts(graph: fx.Graph, kept: fx.Node, old: fx.Node) -> None:
     graph.erase_node(old)
 
 
-def _gated(x: fx.Node) -> tuple[fx.Node, fx.Node | None, str] | str:
-    """Gate, up and function of a value that is about to be quantized; or why not ("" if it is nothing like that)."""
-    found = find_activation(x)
-    pair = None if found is None else (found.x, None, found.name)
-    if pair is None and is_call(x, aten.mul.Tensor) and len(x.all_input_nodes) == 2:
-        for left, up in (x.all_input_nodes, x.all_input_nodes[::-1]):
-            found = find_activation(left)
-            if pair is None and found is not None and alike(found.x, up) and alike(x, up):
-                pair = found.x, up, found.name  # type: ignore[assignment]
-    if pair is not None and any(map(is_written, pair[:2])):
-        return WRITTEN
-    if pair is not None and len(x.users) > 1:
-        return f"{op_name(x)!r} is read {len(x.users)} times"
-    return pair or ""
-
-
 def _summand(node: fx.Node, y: fx.Node) -> fx.Node | None:
     """What a sum adds to y, if it is a tensor like it."""
     if not is_call(node, aten.add.Tensor) or node.kwargs:
@@ -346,21 +361,3 @@ def _why_no_end(node: fx.Node) -> str:
     if user is None:
         return f"its product is read {len(node.users)} times"
     return f"its product goes to {op_name(user)!r}"
-
-
-def _residual(norm: Norm, miss: Report) -> tuple[fx.Node, fx.Node] | None:
-    """The two summands of a norm's input, if the norm can compute the sum."""
-    x = norm.x
-    if not is_call(x, aten.add.Tensor) or x.kwargs or len(x.all_input_nodes) != 2:
-        return None
-    a, b = x.all_input_nodes
-    if is_written(a) or is_written(b):
-        miss(x, WRITTEN)
-        return None
-    if not (alike(a, b) and alike(a, x)):
-        miss(x, "the summands in front of the norm differ in shape or dtype")
-        return None
-    if early := next((u for u in x.users if u < norm.first), None):
-        miss(x, f"the sum in front of the norm is read before it, by {op_name(early)!r}")
-        return None
-    return a, b
