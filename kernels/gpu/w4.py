@@ -329,7 +329,7 @@ def w4(
     if second is not None and tokens > 32:
         kind = "multiples"  # the forms for fewer tokens do not look at `second`
     key = (kind, group, f"{rows}x{columns}", bucket(tokens))
-    dense = not flags[1] and tokens > 64  # an 8-bit input has no cuBLAS product with scales of groups
+    dense = x_scale is None  # an 8-bit input has no cuBLAS product with scales of groups
 
     def hopper() -> bool:
         known = decoder.kind in ("int4", "table", "int4_int8") or decoder is INT4_TO_E4M3

@@ -74,7 +74,7 @@ def candidates(
 ) -> list[Config]:  # fmt: skip
     """What `autotune` tries.
 
-    `dense`: cuBLAS could multiply, too; `hopper`: so could `w4_large` or `w4a8_large`; `direct`: `w4_direct`; `whole`:
+    `dense`: activations are floats, so that cuBLAS could multiply, too; `hopper`: so could `w4_large` or `w4a8_large`; `direct`: `w4_direct`; `whole`:
     `w4a8_whole`.
     """
     blocks = -(-columns // 128)
@@ -92,11 +92,11 @@ def candidates(
                 found += [Config(0, bt, split, 0, stages, t, specialized=n) for split, n, t in shares]
     if dense and tokens > 128:
         found = [Config(0, 0, 1, 0, 0, chunk=chunk) for chunk in (2048, 4096, 1 << 20) if chunk < 2 * rows]
-        if hopper:
-            for bn, bt, stages in ((256, 128, 3), (128, 128, 4), (128, 256, 2)):
-                if bt < 256 or tokens > 128:
-                    cuts = ((1, 0), (2, 0)) if bn < 256 else ((1, 0), (2, 0), (2, 128))
-                    found += [Config(bn, bt, split, 0, stages, 8, specialized=n) for split, n in cuts]
+    if dense and hopper and tokens > 32:
+        for bn, bt, stages in ((256, 128, 3), (128, 128, 4), (128, 256, 2), (256, 64, 5), (128, 64, 6)):
+            if bt // 2 < tokens and (bt > 64 or tokens <= 128):
+                cuts = ((1, 0), (2, 0), (2, 128))  # split, programs
+                found += [Config(bn, bt, split, 0, stages, 8, specialized=n) for split, n in cuts]
     if tokens <= 32:
         bt = 16 if tokens <= 16 else 32
         for split in (1, 2, 3, 4, 6, 8, 12):

@@ -42,7 +42,7 @@ def configs():
     return [
         Config(), Config(whole=True), Config(programs=7), Config(tokens=1, stages=2), Config(programs=2),
         Config(stages=4, rows=128), Config(stages=4, rows=128, whole=True), Config(256, 2, rows=128),
-        Config(256, 2, whole=True, rows=128), Config(programs=5, rows=128),
+        Config(256, 2, whole=True, rows=128), Config(programs=5, rows=128), Config(64, 6, rows=128), Config(64, 5),
     ]  # fmt: skip
 
 
