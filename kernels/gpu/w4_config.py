@@ -74,8 +74,8 @@ def candidates(
 ) -> list[Config]:  # fmt: skip
     """What `autotune` tries.
 
-    `dense`: activations are floats, so that cuBLAS could multiply, too; `hopper`: so could `w4_large` or `w4a8_large`; `direct`: `w4_direct`; `whole`:
-    `w4a8_whole`.
+    `dense`: activations are floats, so that cuBLAS could multiply, too; `hopper`: so could `w4_large` or `w4a8_large`;
+    `direct`: `w4_direct`; `whole`: `w4a8_whole`.
     """
     blocks = -(-columns // 128)
     if direct:  # with one token faster than the others at all shapes at which both were measured

@@ -1,7 +1,7 @@
 """Weights of 4 bits times many tokens on Hopper: one warp loads by TMA, eight decode and multiply.
 
-A tile is 256 rows of the weight by 64 or 128 tokens, or 128 rows by 64 to 256. The weight is the left operand of the product
-and is decoded in registers, 16 columns while the tensor cores work on those before. Decoded weights are rounded
+A tile is 256 rows of the weight by 64 or 128 tokens, or 128 rows by 64 to 256. The weight is the left operand of the
+product and is decoded in registers, 16 columns while the tensor cores work on those before. Decoded weights are rounded
 to the dtype of the activations, scale included, so that sums never leave the tensor cores. Work is a list of pieces
 (a tile, a range of its columns), cut so that every multiprocessor gets the same amount. Not for Triton's interpreter.
 """
