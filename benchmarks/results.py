@@ -80,6 +80,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "W4A8 g128, RTN": recipe("W4A8", "rtn"),
     "W4A8 g128, GPTQ": recipe("W4A8", "gptq"),
     "W4A8 g128, SmoothQuant 0.5 then GPTQ": recipe("W4A8", smooth(), "gptq"),
+    "W4A8_DQ g128, RTN": recipe("W4A8_DQ", "rtn"),
+    "W4A8_DQ g128, GPTQ": recipe("W4A8_DQ", "gptq"),
+    "W4A8_DQ g128, SmoothQuant 0.5 then GPTQ": recipe("W4A8_DQ", smooth(), "gptq"),
 }
 
 
