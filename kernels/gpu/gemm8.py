@@ -65,11 +65,12 @@ def gemm8(
         tma = _has_tma(a.device) and takes_tma(a) and takes_tma(b)
         cublas = not int8 and tma and _cublas_takes(o)
         shape = (tune.bucket(m), n, k, int8, tma, cublas)
+        kind, every = "int8" if int8 else "fp8", _specialized_takes(o)
         config = tune.pick(
             "gemm8",
-            ("int8" if int8 else "fp8", tma, cublas, f"{n}x{k}", shape[0]),
+            (kind if every else f"{kind}-general", tma, cublas, f"{n}x{k}", shape[0]),
             default(*shape),
-            lambda: candidates(*shape, hopper=_is_hopper(a.device)),
+            lambda: candidates(*shape, hopper=every and _is_hopper(a.device)),
             lambda c, w: _run(c, o._replace(b=w)),
             b,
         )
@@ -151,7 +152,7 @@ def _run(config: Config, o: Operands) -> Tensor:
     if config.form == "cublas":
         return _cublas(o)
     if config.form == "specialized":
-        if o.xo is None and o.out.element_size() == 2 and o.out.shape[1] % 8 == 0:
+        if _specialized_takes(o):
             from qfx.kernels.gpu import gemm8_specialized
 
             gemm8_specialized.launch(config, o)
@@ -188,6 +189,11 @@ def _instead(config: Config) -> Config:
 def _has_tma(device: torch.device) -> bool:
     # sm_120 has it too, but only 99 KB of shared memory
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _specialized_takes(o: Operands) -> bool:
+    """Whether the specialized form adds and stores what there is."""
+    return o.xo is None and o.out.element_size() == 2 and o.out.shape[1] % 8 == 0
 
 
 @cache

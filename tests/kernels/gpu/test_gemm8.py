@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from qfx.kernels.gpu import gemm8 as module
 from qfx.kernels.gpu.gemm8 import gemm8
 from qfx.kernels.gpu.gemm8_config import (
     SHARED,
@@ -229,6 +230,34 @@ def test_candidates_are_sound() -> None:
             for chosen in (default(m, n, k, int8), default(m, n, k, int8, False)):
                 assert (chosen.tokens + chosen.channels) * chosen.depth * chosen.stages <= SHARED
                 assert chosen.form != "cublas" and chosen == default(m, n, k, int8, chosen.tma)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("columns", "out", "outliers", "kind"),
+    [
+        (64, torch.bfloat16, False, "int8"),
+        (64, torch.float32, False, "int8-general"),
+        (63, torch.bfloat16, False, "int8-general"),
+        (64, torch.bfloat16, True, "int8-general"),
+    ],
+)
+def test_what_the_specialized_form_does_not_take_has_choices_of_its_own(
+    columns: int, out: torch.dtype, outliers: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def pick(op, key, rule, tried, run, weight):
+        asked.append((key[0], tried()))
+        return rule
+
+    monkeypatch.setattr(module.tune, "pick", pick)
+    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+    a, b = codes(200, 64, INT8), codes(columns, 64, INT8)
+    more = (torch.randn(200, 16).bfloat16(), torch.randn(columns, 16).bfloat16()) if outliers else None
+    gemm8(a, b, torch.rand(200, 1), torch.rand(columns), out_dtype=out, outliers=more)
+    ((found, tried),) = asked
+    assert found == kind and any(c.form == "specialized" for c in tried) == (kind == "int8")
 
 
 def test_no_tokens() -> None:
