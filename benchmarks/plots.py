@@ -22,7 +22,7 @@ from bench import report  # noqa: E402
 del sys.path[0]  # other libraries look for a package `kernels`, and would find kernels.py
 
 Row = dict[str, Any]
-KERNELS = [Path("benchmarks/results/kernels_8bit.jsonl"), Path("benchmarks/results/kernels.jsonl")]
+KERNELS = [Path(f"benchmarks/results/{name}.jsonl") for name in ("kernels", "kernels_outliers", "kernels_norms")]
 
 
 def read(path: Path) -> tuple[Row, report.Results]:
@@ -192,7 +192,9 @@ def put(page: str, what: str, lines: list[str]) -> str:
 def main() -> None:
     """Draws, and writes tables."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--kernels", type=Path, nargs="*", default=KERNELS, help="one file for each run")
+    ap.add_argument(
+        "--kernels", type=Path, nargs="*", default=KERNELS, help="one file for each run; figures are of the first"
+    )
     ap.add_argument("--model", type=Path, default=Path("benchmarks/results/model.json"))
     ap.add_argument("--shape", type=lambda s: tuple(map(int, s.split("x"))), default=(8192, 8192))
     ap.add_argument("--out", type=Path, help="folder of the figures")
@@ -202,7 +204,7 @@ def main() -> None:
     for path in filter(Path.exists, a.kernels):
         environment, results = read(path)
         parts.setdefault("kernels", []).extend([conditions(environment), *op_tables(results), ""])
-        if a.out:
+        if a.out and path == a.kernels[0]:
             draw_kernels(results, a.shape, a.out / f"{path.stem}.svg")
     if a.model.exists():
         result = json.loads(a.model.read_text())

@@ -171,6 +171,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "w3a16-gptq": _preset("W3A16", _GPTQ),
     "w2a16-gptq": _preset("W2A16_ASYM_G64", _GPTQ),
     "w4a8-gptq": _preset("W4A8", _GPTQ),
+    "w4a8-dq-gptq": _preset("W4A8_DQ", _GPTQ),
     "nf4": _preset("NF4", "rtn"),
     "nf4-dq": _preset("NF4_DQ", "rtn"),
     "fp4": _preset("FP4", "rtn"),

@@ -66,6 +66,15 @@ def outliers(m: int, n: int, k: int, threshold: float) -> None:
     ops.int8_outlier_linear(floats(m, k), codes(n, k, INT8), scale, floats(n), columns, weight)
 
 
+def values(m: int, columns: int) -> None:
+    """Norms and gated products that give values."""
+    x, gain = floats(m, columns), floats(columns)
+    ops.norm(x, floats(m, columns), gain, floats(columns), 1e-6, True, True)
+    ops.norm(x, None, gain, None, 1e-6, False, False)
+    ops.gated(x, floats(m, columns), "silu")
+    ops.gated(x, None, "relu")
+
+
 def four(
     m: int, n: int, k: int, group: int, form: str, large: bool = False, dequantized: bool = False,
     multiples: bool = False, **config: int,
@@ -186,6 +195,8 @@ def _cases() -> dict[str, Callable[[], None]]:
     for op, grid in (("quantize", "int8_narrow"), ("gated", "e4m3"), ("norm", "int8_narrow")):
         for m, columns, dtype in ((5, 77, BF16), (600, 128, F32), (2, 4101, F16)):
             found[f"{op} {m} x {columns}"] = partial(rows, op, m, columns, dtype, grid)
+    for m, columns in ((3, 4100), (600, 96)):
+        found[f"norm and gated {m} x {columns}"] = partial(values, m, columns)
     found["quantize 2 x 33001"] = partial(rows, "quantize", 2, 33001, BF16, "e5m2")
     for m, columns, dtype in ((5, 64, BF16), (3, 192, F32), (2, 4096, BF16), (2, 14336, F16)):
         found[f"hadamard {m} x {columns}"] = partial(rows, "hadamard", m, columns, dtype, "int8_narrow")
