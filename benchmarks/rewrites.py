@@ -2,9 +2,10 @@
 
     python benchmarks/rewrites.py [MODEL_DIR ...] [--only NAME ...] [--json FILE] [--markdown FILE]
 
-Each model of the folders, and a BERT with random weights, is compiled with W8A8: how often each rewrite applied, and
-what it left, by reason. Each model of tests/zoo is compiled with and without rewrites: by how much its output differs
-from that of `qfx.quantize`, and by how many steps of the grid the codes differ that go into its linears.
+Each model of the folders, and a BERT with random weights, is compiled with W8A8, and in W4A16 with the layouts of a
+GPU: how often each rewrite applied, and what it left, by reason. Each model of tests/zoo is compiled with and without
+rewrites: by how much its output differs from that of `qfx.quantize`, and by how many steps of the grid the codes differ
+that go into its linears.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import qfx
 from qfx.core.errors import QfxError
 from qfx.core.graph import module_paths
 
-SCHEME = "W8A8"
+SCHEME, WEIGHT_ONLY = "W8A8", "W4A16"
 BLOCK = re.compile(r"\d+$")
 BEGIN, END = "<!-- rewrites: begin -->", "<!-- rewrites: end -->"
 IDS = torch.arange(2 * 24).reshape(2, 24) % 97
@@ -54,10 +55,10 @@ def main() -> None:
     result |= {"date": time.strftime("%Y-%m-%d"), "zoo": rows, "block": stored.get("block", {})}
     if args.models:
         config = transformers.BertConfig(num_hidden_layers=4, num_attention_heads=4, hidden_size=256)
-        tables["BERT"] = table(transformers.BertForMaskedLM(config).eval())
+        tables |= both("BERT", transformers.BertForMaskedLM(config).eval())
     for folder in args.models:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        tables[folder.name] = table(model)
+        tables |= both(folder.name, model)
     for name, entry in zoo.items():
         if args.only is None or name in args.only:
             rows[name] = {"kind": entry.kind, **difference(*entry.load())}
@@ -74,16 +75,25 @@ def save(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def table(model: nn.Module) -> dict[str, Any]:
+def both(name: str, model: nn.Module) -> dict[str, Any]:
+    """The tables of one model: of its own weights, and lowered as on a GPU with weights of 4 bits."""
+    tables = {name: table(model, SCHEME)}
+    recipe = {"schemes": {"*": WEIGHT_ONLY}, "ignore": ["@head"]}
+    lowered = qfx.quantize(model, recipe, progress=False)
+    qfx.lower(lowered, {"input_ids": IDS}, device="cuda")
+    return tables | {f"{name}, {WEIGHT_ONLY}": table(lowered, None)}
+
+
+def table(model: nn.Module, scheme: str | None) -> dict[str, Any]:
     """How often each rewrite applied to one model, and what it left."""
     torch._dynamo.reset()
-    chosen = qfx.backend(SCHEME, then="eager")
+    chosen = qfx.backend(scheme, then="eager")
     torch.compile(model, backend=chosen, fullgraph=True)(input_ids=IDS)
     (done,) = chosen.rewrites
     return {
         "linears": len(chosen.layers),
         "rewrites": [[r.name, r.changed, Counter(m.why for m in r.misses)] for r in done],
-        "ops": [done[1].before, done[-1].after],
+        "ops": [done[scheme is not None].before, done[-1].after],  # a quantized model has its linears merged
     }
 
 
@@ -184,12 +194,20 @@ def page(result: dict[str, Any], before: str) -> str:
     if not found:
         raise SystemExit(f"rewrites: the page has no {BEGIN} ... {END}")
     made = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    lines = [BEGIN, textwrap.fill(f"Made on {result['date']} with {made}: `{result['command']}`.", 120), ""]
+    lines = [
+        BEGIN,
+        textwrap.fill(
+            f"Made on {result['date']} with {made}: `{result['command']}`. Columns that name no scheme are {SCHEME}.",
+            120,
+        ),
+        "",
+    ]
     models = result["models"]
     names = [name for name, *_ in next(iter(models.values()))["rewrites"]] if models else []
     lines += ["| rewrite | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
-    for i, name in enumerate(names):
-        lines.append(f"| {name} | " + " | ".join(cell(m["rewrites"][i]) for m in models.values()) + " |")
+    for name in names:
+        cells = ({row[0]: cell(row) for row in m["rewrites"]}.get(name, "before") for m in models.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     totals = (f"{m['ops'][0]} → {m['ops'][1]}" for m in models.values())
     lines += ["| ops that compute, before → after | " + " | ".join(totals) + " |", ""]
     rows = {n: r for n, r in result["zoo"].items() if "fused" in r}

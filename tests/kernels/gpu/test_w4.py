@@ -122,6 +122,29 @@ def test_w4a8(shape, config) -> None:
     assert worst(y, x, case.weight.dequantize(), case.bias, extra=fp8) <= 1
 
 
+@pytest.mark.parametrize(
+    ("tokens", "scheme", "kind"),
+    [
+        (40, "W4A8_DQ", "multiples"),
+        (40, "W4A8_DQ_G256", "multiples"),
+        (16, "W4A8_DQ", "int4_int8"),  # the forms for few tokens do not look at second scales
+        (40, "W4A8_DQ_G64", "int4_int8"),
+        (40, "W4A8_ASYM", "int4_int8"),
+    ],
+)
+def test_scales_in_multiples_have_choices_of_their_own(tokens, scheme, kind, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(gpu, "pick", lambda op, key, rule, *_: (asked.append(key), rule)[1])
+    case = make_case((tokens,), 512, 16, scheme, torch.bfloat16)
+    parts = prepared(case, w4a8_linear, x_grid="int8_narrow")
+    codes, scale, _ = quantize_activation(case.x, "int8_narrow", None, None, False)
+    decoder = decode4.eight_bit_decoder(codes.dtype, parts["zero"] is not None)
+    weight = parts["tiles"], parts["scale"], parts["zero"], None, 16, group_of(case), decoder
+    second = torch.ones(128, device=DEVICE)  # also where it does not belong
+    gpu.w4(codes.to(DEVICE), *weight, x_scale=scale.to(DEVICE), second=second, dtype=torch.bfloat16)
+    assert [key[0] for key in asked] == [kind]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", nf4_linear.CASES, ids=str)
 def test_nf4(shape, dtype, config) -> None:
