@@ -76,6 +76,7 @@ class Variant:
             self.row["lowered"] = models.lower(self.model, ids)
             print(self.row["lowered"].partition("\n")[0], flush=True)
             models.free()
+            self.row["weights"] = models.stored_bytes(self.model)  # in the kernels' layouts
 
     def imports(self) -> None:
         """Loads what building needs."""
