@@ -14,6 +14,7 @@ from triton.runtime.errors import OutOfResources
 
 from qfx.kernels.gpu import gemm8_few, gemm8_large, gemm8_skinny, tune
 from qfx.kernels.gpu.gemm8_config import Config, Operands, candidates, default, takes_tma
+from qfx.kernels.gpu.launch import capability
 
 _LAUNCH = {"few": gemm8_few.launch, "skinny": gemm8_skinny.launch, "large": gemm8_large.launch}
 
@@ -70,7 +71,7 @@ def gemm8(
             "gemm8",
             (kind if every else f"{kind}-general", tma, cublas, f"{n}x{k}", shape[0]),
             default(*shape),
-            lambda: candidates(*shape, hopper=every and _is_hopper(a.device)),
+            lambda: candidates(*shape, hopper=every and capability(a.device) == 90),
             lambda c, w: _run(c, o._replace(b=w)),
             b,
         )
@@ -121,9 +122,9 @@ def refusal(a: Tensor, b: Tensor) -> str | None:
 @cache
 def _device_refusal(device: torch.device, wide: bool) -> str | None:
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0) or (not wide and capability < (8, 9)):
-            return f"gemm8: compute capability {capability} has no such tensor cores"
+        version = torch.cuda.get_device_capability(device)
+        if version < (8, 0) or (not wide and version < (8, 9)):
+            return f"gemm8: compute capability {version} has no such tensor cores"
     return None
 
 
@@ -194,11 +195,6 @@ def _has_tma(device: torch.device) -> bool:
 def _specialized_takes(o: Operands) -> bool:
     """Whether the specialized form adds and stores what there is."""
     return o.xo is None and o.out.element_size() == 2 and o.out.shape[1] % 8 == 0
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _cublas_takes(o: Operands) -> bool:

@@ -109,7 +109,7 @@ def norm_quantize(
     pdl = capability(x.device) >= 90
 
     def run(tile: Tile, x: Tensor) -> None:
-        programs = -(-tokens // tile.rows)  # more of them that wait cost more than the launch does: 2.5 us of 57
+        programs = -(-tokens // tile.rows)  # where more of them wait, that costs more than the launch
         flags = x_scale is None, tokens <= 512, pdl and programs <= ROOM
         _launcher(tile, columns, center, cast_first, x_grid, flags)((programs, 1, 1), x, *rest)
 

@@ -23,7 +23,7 @@ from qfx.kernels.gpu.launch import INTERPRET, Launcher, capability
 from qfx.kernels.gpu.parts import counters, sum_parts
 from qfx.kernels.gpu.pdl import launch_next, wait_for_previous
 from qfx.kernels.gpu.tune import bucket, pick
-from qfx.kernels.gpu.w4_config import Config, candidates, default
+from qfx.kernels.gpu.w4_config import MOST, Config, candidates, default
 from qfx.kernels.gpu.w4_few import load_x
 from qfx.kernels.gpu.w4_forms import run_form, takes_direct, takes_specialized
 
@@ -290,7 +290,8 @@ def w4(
         return y
     if group not in (32, 64) and group % 128:  # of another size there is only one
         group = -1
-    if group < 128 or decoder is not INT4_TO_INT8:
+    sums = decoder is INT4_TO_INT8 and columns < MOST  # may run over whole rows
+    if group < 128 or not sums:
         second = None
     flags = zero is not None, x_scale is not None, bias is not None, dtype == torch.float16
     capable = capability(x.device)
@@ -336,7 +337,7 @@ def w4(
         return capable == 90 and known and takes_specialized(x, rows, group, zero, dtype)
 
     direct = tokens <= 8 and not INTERPRET and takes_direct(tokens, group, decoder)
-    whole = (second is not None or (group < 0 and decoder is INT4_TO_INT8)) and tokens > 32 and hopper()
+    whole = (second is not None or (group < 0 and sums)) and tokens > 32 and hopper()
     rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"), direct, whole)
 
     def tried() -> list[Config]:

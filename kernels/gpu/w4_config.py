@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+MOST = 1 << 17
+"""Columns from which on the sum of a row of int8 products may not fit in 32 bits: 128 times 128 each."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -24,7 +27,7 @@ class Config:
         direct: the same without shared memory (`w4_direct`); `stages` above 1: one step's codes are loaded ahead.
         specialized: not below 0 for `w4_large`, or `w4a8_large` for activations of 8 bits, with so many programs, or
             one on each multiprocessor; a split of 1 means whole tiles only. Of the other fields these take `tokens`,
-            `bt`, `stages`, and the first one `bn`.
+            `bt`, `stages`, and `bn` (not where `w4a8_large` scales sums).
     """
 
     bn: int
@@ -83,7 +86,9 @@ def candidates(
     found = []
     if whole and tokens > 32:
         found = _whole(tokens)
-        if tokens > 64:  # there it was faster than all others at all shapes at which they were measured
+        if (
+            tokens > 64
+        ):  # with 256 and more faster than what W4A8 has otherwise, at all shapes at which both were measured
             return found
     elif hopper and not dense and tokens > 64:
         shares = ((1, 0, 8), (2, 0, 8), (2, 0, 16), (2, 128, 8))  # split, programs, token tiles

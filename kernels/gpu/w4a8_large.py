@@ -1,7 +1,7 @@
 """Weights of 4 bits times many tokens of 8 bits on Hopper: one thread loads by TMA, two warpgroups multiply in turns.
 
-A tile is 256 rows of the weight by 128 tokens. Each warpgroup has 128 of the rows, and works on 64 of them at a time:
-it decodes a block of 128 columns in registers, gives it to the tensor cores as the left operand, and scales the sums of
+A tile is 256 rows of the weight by 64 or 128 tokens. Each warpgroup has 128 of the rows, and works on 64 at a time: it
+decodes a block of 128 columns in registers, gives it to the tensor cores as the left operand, and scales the sums of
 that block while the tensor cores work for the other warpgroup. Only buffers that are full or free couple the two. Work
 is a list of pieces (`pieces.py`). Not for Triton's interpreter.
 """
@@ -24,15 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from qfx.kernels.gpu.decode4 import HALVES
 from qfx.kernels.gpu.launch import Launcher, capability
 from qfx.kernels.gpu.parts import counters
 from qfx.kernels.gpu.pieces import async_load, finish, piece, pieces, place
+from qfx.kernels.gpu.w4_config import MOST
 from qfx.kernels.gpu.w4_large import _descriptor, _processors
 from qfx.kernels.gpu.w4a8_whole import multiply
 
-# A byte of layout `halves` has column j below column 64 + j. A two's complement nibble in the upper half of a byte is
-# 16 times itself.
-_INT8 = gl.constexpr("{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }")
 # A word of layout `fours` has four columns in each half. Integers up to 8 in the low bits of an E4M3 are as many times
 # 2⁻⁹, and a negative two's complement nibble n becomes 0x90 - n, which is (n ^ 0x8f) + 1.
 _E4M3 = gl.constexpr("""{ .reg .b32 e, m, o, t;
@@ -90,7 +89,7 @@ def _scales(scales, FIRST: gl.constexpr, MMA: gl.constexpr):
 def _decode(octets, INT: gl.constexpr, DOT: gl.constexpr):
     """Bytes `[64, 32]` to 32 columns of the first 64 and 32 of the last 64."""
     if INT:
-        low, high = gl.inline_asm_elementwise(_INT8, "=r,=r,r", [octets], (gl.int8, gl.int8), True, 4)
+        low, high = gl.inline_asm_elementwise(HALVES, "=r,=r,r", [octets], (gl.int8, gl.int8), True, 4)
     else:
         low, high = gl.inline_asm_elementwise(_E4M3, "=r,=r,r", [octets], (gl.float8e4nv, gl.float8e4nv), True, 4)
     low = gl.convert_layout(low, DOT, assert_trivial=True)
@@ -188,7 +187,7 @@ def _rows(
     PART: gl.constexpr, GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
     WHOLE: gl.constexpr, FACTOR: gl.constexpr, MAGIC: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Rows 128 · PART and up of every tile, with sums over whole rows or scaled ones."""
+    """Half of the rows of every tile, from half PART on, with sums over whole rows or scaled ones."""
     if SUMS:
         multiply(
             y, xs, ws, ss, staged, full, free, t_ptr, s_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
@@ -284,8 +283,6 @@ def launcher(config: Config, group: int, factor: float, sums: bool) -> Launcher:
     )
 
 
-MOST = 1 << 17
-"""Columns from which on the sum of a row may not fit in 32 bits: 128 times 128 each."""
 _FORMS = {torch.int8: ("int8", 1 / 16), torch.float8_e4m3fn: ("float8e4nv", 2.0**9)}
 """By the dtype of the activations: its name in Triton, and the factor that undoes what the decoder multiplies by."""
 

@@ -1,8 +1,9 @@
 """Weights of 4 bits times int8 tokens on Hopper, where sums run over whole rows and stay in the tensor cores.
 
 They can if a row has one scale, or if the scales of its groups are whole multiples of one, up to 15: a code times its
-group's multiple is an int8, exactly. Three instructions make four such weights, so that the product is as fast as that
-of stored int8 weights, from half of their bytes. A part of `w4a8_large`, whose tiles, loads and stores these are.
+group's multiple is an int8, exactly. Three instructions make four such weights, so that the product takes about as long
+as that of stored int8 weights, from half of their bytes. A tile is 256 rows by 64 or 128 tokens, or 128 rows by 64 to
+256. A part of `w4a8_large`, whose loads and stores these are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
+from qfx.kernels.gpu.decode4 import HALVES
 from qfx.kernels.gpu.pieces import finish, piece, pieces, place
 
 # A byte of layout `halves` has column j below column 64 + j. A two's complement nibble with its upper bit turned is the
@@ -21,8 +23,6 @@ _MULTIPLES = gl.constexpr("""{ .reg .b32 t;
 lop3.b32 t, $2, 0x0f0f0f0f, 0x08080808, 0x6A; mad.lo.u32 t, t, $3, $7; xor.b32 $0, t, 0x80808080;
 shr.b32 t, $2, 4;
 lop3.b32 t, t, 0x0f0f0f0f, 0x08080808, 0x6A; mad.lo.u32 t, t, $3, $7; xor.b32 $1, t, 0x80808080; }""")
-# A two's complement nibble in the upper half of a byte is 16 times itself.
-_CODES = gl.constexpr("{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, 0xf0f0f0f0; and.b32 $1, $2, 0xf0f0f0f0; }")
 
 
 @gluon.jit
@@ -32,7 +32,7 @@ def _decode(octets, multiple, start, MULTIPLES: gl.constexpr, DOT: gl.constexpr)
         args = [octets, multiple, start]
         low, high = gl.inline_asm_elementwise(_MULTIPLES, "=r,=r,r,r,r,r,r,r,r,r,r", args, (gl.int8, gl.int8), True, 4)
     else:
-        low, high = gl.inline_asm_elementwise(_CODES, "=r,=r,r", [octets], (gl.int8, gl.int8), True, 4)
+        low, high = gl.inline_asm_elementwise(HALVES, "=r,=r,r", [octets], (gl.int8, gl.int8), True, 4)
     low = gl.convert_layout(low, DOT, assert_trivial=True)
     return low, gl.convert_layout(high, DOT, assert_trivial=True)
 

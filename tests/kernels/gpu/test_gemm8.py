@@ -252,7 +252,7 @@ def test_what_the_specialized_form_does_not_take_has_choices_of_its_own(
         return rule
 
     monkeypatch.setattr(module.tune, "pick", pick)
-    monkeypatch.setattr(module, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(module, "capability", lambda device: 90)
     a, b = codes(200, 64, INT8), codes(columns, 64, INT8)
     more = (torch.randn(200, 16).bfloat16(), torch.randn(columns, 16).bfloat16()) if outliers else None
     gemm8(a, b, torch.rand(200, 1), torch.rand(columns), out_dtype=out, outliers=more)
