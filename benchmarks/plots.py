@@ -64,7 +64,8 @@ def by_model(result: Row) -> dict[str, list[Row]]:
     """The rows of each model, each number of its layers, and each run."""
     found: dict[str, list[Row]] = {}
     for r in result["rows"]:
-        layers = f", {r['layers']} layers" if r.get("layers") else ""
+        count = r.get("layers")
+        layers = f", {count} layer{'s' * (count > 1)}" if count else ""
         run = f" ({r['run']})" if r.get("run") else ""
         found.setdefault(r["model"] + layers + run, []).append(r)
     return found
