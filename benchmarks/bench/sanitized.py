@@ -89,6 +89,7 @@ def four(
     zero = moved(nibbles.pad_scale(torch.randint(0, 16, (n, groups), dtype=torch.uint8), n)) if form == "int4" else None
     values = nf4_linear.table("nf4", torch.device("cpu"), BF16) if form == "table" else None
     bias = floats(n)
+    decoder = decode4.table_decoder(nf4_linear.TABLES["nf4"], BF16) if form == "table" else decode4.INT4
     if large and form in ("int8", "e4m3"):
         from qfx.kernels.gpu.w4a8_large import Config, w4a8_large
 
@@ -99,12 +100,9 @@ def four(
     if large:
         from qfx.kernels.gpu.w4_large import w4_large
 
-        w4_large(floats(m, k), tiles, scale, zero, bias, n, group)
+        w4_large(floats(m, k), tiles, scale, zero, bias, n, group, table=decoder.table)
         return
-    decoder = decode4.INT4
-    if form == "table":
-        decoder = decode4.table_decoder(nf4_linear.TABLES["nf4"], BF16)
-    elif form in ("int8", "e4m3"):
+    if form in ("int8", "e4m3"):
         decoder = decode4.eight_bit_decoder(INT8 if form == "int8" else E4M3, False)
     if dequantized:
         out = torch.empty(n, k, dtype=BF16, device="cuda")
@@ -135,6 +133,15 @@ def rows(op: str, m: int, columns: int, dtype: torch.dtype, grid: str) -> None:
     else:
         assert hadamard_matrix(columns) is not None
         ops.hadamard(x, columns, grid)
+
+
+def hadamard(columns: int, block: int, form: str, warps: int, stages: int, grid: str) -> None:
+    """One plan of the transforms that stay in registers."""
+    from qfx.kernels.gpu import hadamard as module
+
+    side = 16 if form == "twice" else 32
+    plan = module.Plan(1, columns // side, side, form, warps, 1, stages)
+    module.hadamard(floats(200, columns), block, grid, plan=plan)
 
 
 def _control() -> None:
@@ -185,7 +192,9 @@ def _cases() -> dict[str, Callable[[], None]]:
         "w4 int4 odd depth": partial(four, 5, 33, 200, -1, "int4", **one, unroll=2),
         "dequantize int4": partial(four, 1, 200, 384, 64, "int4", dequantized=True),
         "dequantize table": partial(four, 1, 200, 384, 128, "table", dequantized=True),
+        "w4 table direct, 16 tokens": partial(four, 16, 70, 1152, 128, "table", **direct),
         "w4_large": partial(four, 150, 264, 384, 128, "int4", large=True),
+        "w4_large table": partial(four, 150, 264, 384, 128, "table", large=True),
         "w4a8_large int8": partial(four, 150, 264, 384, 128, "int8", large=True),
         "w4a8_large e4m3": partial(four, 150, 264, 384, 128, "e4m3", large=True),
         "w4a8_whole": partial(four, 150, 264, 384, 128, "int8", large=True, multiples=True, bt=256, bn=128),
@@ -200,6 +209,13 @@ def _cases() -> dict[str, Callable[[], None]]:
     found["quantize 2 x 33001"] = partial(rows, "quantize", 2, 33001, BF16, "e5m2")
     for m, columns, dtype in ((5, 64, BF16), (3, 192, F32), (2, 4096, BF16), (2, 14336, F16)):
         found[f"hadamard {m} x {columns}"] = partial(rows, "hadamard", m, columns, dtype, "int8_narrow")
+    for columns, block, form, warps, stages in (
+        (4096, 4096, "twice", 4, 2), (8192, 1024, "twice", 8, 1), (16384, 16384, "twice", 8, 2),
+        (4096, 32, "short", 2, 1), (8192, 128, "short", 8, 2),
+    ):  # fmt: skip
+        for grid in ("", "int8_narrow"):
+            name = f"hadamard {form} {columns} in {block} {grid}".strip()
+            found[name] = partial(hadamard, columns, block, form, warps, stages, grid)
     return found
 
 

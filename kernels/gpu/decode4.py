@@ -238,6 +238,7 @@ class Decoder:
         words: elements in a row of a tile: int16, or bytes for activations of 8 bits.
         high: of these in a row of a second plane, which follows the first plane's 128 rows.
         middle: the zero point without one.
+        table: of kind `table`, the 16 halfwords.
     """
 
     kind: str
@@ -246,6 +247,7 @@ class Decoder:
     words: int = 32
     high: int = 0
     middle: int = 8
+    table: tuple[int, ...] = ()
 
 
 INT4 = Decoder("int4")
@@ -267,7 +269,7 @@ def eight_bit_decoder(dtype: torch.dtype, zero: bool) -> Decoder:
 def table_decoder(values: tuple[float, ...], dtype: torch.dtype) -> Decoder:
     """The decoder of a table of 16 values that are rounded to bfloat16 or float16."""
     bits = torch.tensor(values, dtype=torch.float32).to(dtype).view(torch.uint16).tolist()
-    return Decoder("table", table16_asm(tuple(bits)))
+    return Decoder("table", table16_asm(tuple(bits)), table=tuple(bits))
 
 
 @cache

@@ -7,7 +7,9 @@ and the sums are float32. What the second product rounds is the first one's resu
 - fp16: one float16 under a power of two for each token that keeps every |T| below 2¹⁵: an error of 2⁻¹¹ |T|, an
   eighth of the rounding of a bfloat16 result. What underflows is off by 2⁻²⁵, that is below 2⁻³⁸ P of the token's
   largest |x|;
-- split: the sum of two bfloat16, 2⁻¹⁶ |T|; split3: of three, 2⁻²⁴ |T|, and X is split alike if it is float32.
+- split: the sum of two bfloat16, 2⁻¹⁶ |T|; split3: of three, 2⁻²⁴ |T|, and X is split alike if it is float32;
+- twice: another kernel, of three products, rounds two results to float16 (`hadamard_registers`); short: another one
+  that rounds nothing in between, for blocks of 16 to 128 (`hadamard_blocks`). For compute capability 9.0 and later.
 
 An error u |T| becomes at most `u Σ|x| / √B` over the block, and typically u times the root mean square of the result.
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from qfx.kernels.gpu import rowwise, tune
 from qfx.kernels.gpu.gated_quantize import quantize_rows
-from qfx.kernels.gpu.launch import Launcher, interpreted
+from qfx.kernels.gpu.launch import INTERPRET, Launcher, capability, interpreted
 from qfx.kernels.gpu.rowwise import quantize_tile, round_to, rounded
 from qfx.kernels.hadamard_matrix import hadamard_matrix
 
@@ -118,7 +120,8 @@ class Plan:
         rows: tokens in a block.
         side: rows of one token's matrix, a power of two; the left matrix is `[side, side]`.
         width: its columns, a power of two; the right matrix is `[width, width]`.
-        form: what the second product reads, see the module. Of no effect where there is only one.
+        form: what the second product reads, see the module. Of no effect where there is only one. With `twice` and
+            `short`, one row and one matrix of all columns are meant.
         warps: of 32 threads.
         per_sm: blocks of threads for each multiprocessor; they share the rows among themselves.
         stages: 1, or the next row is loaded meanwhile.
@@ -168,6 +171,44 @@ def plans(columns: int, block: int, tokens: int, dtype: torch.dtype) -> tuple[Pl
     found += [best(warps=w, stages=n, per_sm=k) for w in (0.5, 1, 2) for n in (1, 2, 3) for k in (1, 2, 3, 4)]
     found += [plan(shape, split=split, per_sm=k) for shape in shapes[1:3] for k in (1, 2)]
     return tuple(dict.fromkeys([*found, plan(shapes[0], split=True)]))
+
+
+@functools.cache
+def plans_in_registers(columns: int, block: int, tokens: int, dtype: torch.dtype) -> tuple[Plan, ...]:
+    """More candidates, for compute capability 9.0 and rows that begin at multiples of 16 bytes: first the default."""
+    try:
+        from qfx.kernels.gpu import hadamard_blocks, hadamard_registers
+    except ImportError:  # a Triton without Gluon, or with another one
+        return ()
+    found: list[Plan] = []
+    first = 8 if columns > 8192 else 4
+    for warps in (first, *(w for w in (2, 4, 8) if w != first)):
+        # blocks of threads for which there are registers, about
+        fitting = max(1, 64 // warps * 32 // (columns // warps // 32 + 32))
+        for stages in (2, 1):
+            for per_sm in dict.fromkeys((max(1, fitting * 3 // 4), max(1, fitting // 2), fitting, 2 * fitting)):
+                if tokens >= 64 and hadamard_registers.takes(columns, block, dtype, warps):
+                    found.append(Plan(1, columns // 16, 16, "twice", warps, per_sm, stages))
+                if tokens >= 64 and hadamard_blocks.takes(columns, block, dtype, warps):
+                    found.append(Plan(1, columns // 32, 32, "short", warps, per_sm, stages))
+    return tuple(found)
+
+
+def _run_in_registers(
+    plan: Plan, x: Tensor, block: int, x_grid: str, out: Tensor, scale: Tensor, static: tuple[Tensor | None, ...]
+) -> None:
+    from qfx.kernels.gpu import hadamard_blocks, hadamard_registers
+
+    tokens, columns = x.shape
+    how = (columns, block, x_grid, static[0] is None, plan.warps, plan.stages > 1)
+    programs = min(tokens, plan.per_sm * _multiprocessors(x.device))
+    rest = (out, scale, *static, tokens, x.stride(0) // 2)  # in words of two values
+    if plan.form == "twice":
+        matrices = hadamard_registers.matrices(columns, block, plan.warps, x.device)
+        hadamard_registers.launcher(*how)((programs, 1, 1), x, *matrices, *rest)
+    else:
+        matrix = hadamard_blocks.matrix(block, x.dtype, x.device)
+        hadamard_blocks.launcher(*how)((programs, 1, 1), x, matrix, *rest)
 
 
 def _shapes(columns: int, block: int, tokens: int, dtype: torch.dtype) -> Iterator[tuple[int, ...]]:
@@ -246,7 +287,14 @@ def hadamard(
     if tokens == 0:
         return out, scale
 
+    more: tuple[Plan, ...] = ()
+    if not INTERPRET and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and capability(x.device) >= 90:
+        more = plans_in_registers(columns, block, bucket, x.dtype)
+
     def run(plan: Plan, x: Tensor) -> None:
+        if plan.form in ("twice", "short"):
+            _run_in_registers(plan, x, block, x_grid, out, scale, (x_scale, x_zero))
+            return
         left, right = _matrices(plan, columns, block, x.dtype, x.device)
         launch = _launcher(plan, columns, block, x_grid, x_scale is None)
         programs = min(-(-tokens // plan.rows), plan.per_sm * _multiprocessors(x.device))
@@ -254,7 +302,9 @@ def hadamard(
 
     if plan is None:
         key = (x_grid or "values", block, rowwise.FLOATS[x.dtype], columns, bucket)
-        plan = tune.pick("hadamard", key, options[0], lambda: options, run, x)
+        plan = tune.pick("hadamard", key, (more or options)[0], lambda: options + more, run, x)
+        if plan.form in ("twice", "short") and not more:  # chosen for rows that are aligned
+            plan = options[0]
     run(plan, x)
     return out, scale
 

@@ -144,21 +144,24 @@ def _find(device: int, op: str, key: tuple[int | str, ...], kind: type[C]) -> C 
     if not torch.cuda.is_available():
         return None
     *rest, tokens = key
-    for table in (_own_table(device), _shipped_table(device)):
-        for entry in _choices(table.get(op, {}), rest, int(tokens)):
-            with contextlib.suppress(TypeError):  # written by another version of qfx
-                return kind(**entry["config"])
+    tables = [table.get(op, {}) for table in (_own_table(device), _shipped_table(device))]
+    for entry in _choices(tables, rest, int(tokens)):
+        with contextlib.suppress(TypeError):  # written by another version of qfx
+            return kind(**entry["config"])
     return None
 
 
-def _choices(entries: dict[str, Any], rest: Sequence[int | str], tokens: int) -> Iterator[Any]:
-    """What was measured for this shape and number of tokens, or for what is most like it; the best first."""
-    exact = entries.get(_join(rest), {})
+def _choices(tables: Sequence[dict[str, Any]], rest: Sequence[int | str], tokens: int) -> Iterator[Any]:
+    """What was measured for this shape and number of tokens, or for what is most like it; the best first.
+
+    Of what is as much alike, that of an earlier table.
+    """
+    alike = [(0.0, entries.get(_join(rest), {})) for entries in tables]
     if _autotune:
-        if str(tokens) in exact:
-            yield exact[str(tokens)]
+        yield from (exact[str(tokens)] for _, exact in alike if str(tokens) in exact)
         return
-    alike = [(0.0, exact), *((distance, entries[name]) for distance, name in _similar(rest, list(entries)))]
+    for entries in tables:
+        alike += [(distance, entries[name]) for distance, name in _similar(rest, list(entries))]
     more = [
         (distance + math.log2(int(b) / tokens), int(b), entry)
         for distance, measured in alike

@@ -336,7 +336,7 @@ def w4(
         known = decoder.kind in ("int4", "table", "int4_int8") or decoder is INT4_TO_E4M3
         return capable == 90 and known and takes_specialized(x, rows, group, zero, dtype)
 
-    direct = tokens <= 8 and not INTERPRET and takes_direct(tokens, group, decoder)
+    direct = tokens <= 16 and not INTERPRET and takes_direct(tokens, group, decoder)
     whole = (second is not None or (group < 0 and sums)) and tokens > 32 and hopper()
     rule = default(tokens, rows, columns, dense, group == 32 and decoder.kind in ("int3", "int8"), direct, whole)
 

@@ -8,6 +8,9 @@ from functools import lru_cache
 MOST = 1 << 17
 """Columns from which on the sum of a row of int8 products may not fit in 32 bits: 128 times 128 each."""
 
+MEETING = 256
+"""Rows times warps of `w4_direct` for 16 tokens, whose sums are in shared memory at the end, in 48 KB with a table."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -55,8 +58,8 @@ def default(
     `w4a8_whole` does.
     """
     if direct:
-        if rows >= 16384:
-            return Config(32, 8, 1, 4, 1, direct=True)
+        if tokens > 8 or rows >= 16384:
+            return Config(32, 8, 1, 8 if columns > 2 * rows else 4, 1, direct=True)
         warps = 4 if rows > 4096 and columns <= 8192 else 8 if rows * 2 > columns else 16
         return Config(16, 8, 1, warps, 2, unroll=2 if warps < 16 else 1, direct=True)
     if whole and tokens > 32:
@@ -81,14 +84,12 @@ def candidates(
     `direct`: `w4_direct`; `whole`: `w4a8_whole`.
     """
     blocks = -(-columns // 128)
-    if direct:  # with one token faster than the others at all shapes at which both were measured
-        return _direct(blocks)
+    if direct:  # with one token, or 16 and a table, faster than the others at all shapes at which both were measured
+        return [c for c in _direct(blocks) if tokens <= 8 or (c.warps * c.bn <= MEETING and not c.registers)]
     found = []
     if whole and tokens > 32:
         found = _whole(tokens)
-        if (
-            tokens > 64
-        ):  # with 256 and more faster than what W4A8 has otherwise, at all shapes at which both were measured
+        if tokens > 64:  # from 256 on faster than what W4A8 has otherwise, at all shapes at which both were measured
             return found
     elif hopper and not dense and tokens > 64:
         shares = ((1, 0, 8), (2, 0, 8), (2, 0, 16), (2, 128, 8))  # split, programs, token tiles

@@ -1,4 +1,4 @@
-"""Weights of 4 bits times up to 8 tokens: codes go from memory to registers and to the tensor cores, and nowhere else.
+"""Weights of 4 bits times up to 16 tokens: codes go from memory to registers and to the tensor cores, nowhere else.
 
 A program owns 16 or 32 rows. As in `w4_few`, each of its warps multiplies every W-th block of 128 columns, and the
 warps' sums meet in shared memory at the end. Here a thread also loads, 16 bytes at a time, exactly the codes that the
@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qfx.kernels.gpu.decode4 import HALVES, HALVES_LESS_ZERO, Decoder
 from qfx.kernels.gpu.gluon_lookup import lookup
 from qfx.kernels.gpu.launch import Launcher
+from qfx.kernels.gpu.shared_table import LOOKUP, setup_asm
 
 
 def _nibble(plane: int, f16: bool) -> str:
@@ -126,7 +127,8 @@ def _w4_direct(
     M, N, K, groups, x_stride, s_stride,
     KIND: gl.constexpr, ASM: gl.constexpr, FLOAT: gl.constexpr, ONES: gl.constexpr, FACTOR: gl.constexpr,
     GROUP: gl.constexpr, ZERO: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
-    W: gl.constexpr, U: gl.constexpr, R: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr, PDL: gl.constexpr,
+    W: gl.constexpr, U: gl.constexpr, R: gl.constexpr, T: gl.constexpr, AHEAD: gl.constexpr, EVEN: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     INT: gl.constexpr = KIND == "int4_int8"
     BYTES: gl.constexpr = INT or KIND == "table_e4m3"
@@ -148,7 +150,7 @@ def _w4_direct(
     wk = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, :][:, None, :]
     xb = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, TOKENS)))[:, None][:, :, None]
     xk = gl.arange(0, SPAN, gl.SliceLayout(0, gl.SliceLayout(2, TOKENS)))[None, :][:, :, None]
-    xn = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, TOKENS)))[None, :][:, None, :]
+    xn = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(1, TOKENS)))[None, :][:, None, :]
     sb = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None]
     sr = pn * R + gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :]
     # 128 rows of 128 columns are consecutive in memory, and R divides 128
@@ -157,9 +159,13 @@ def _w4_direct(
     xp = x_ptr + (gl.minimum(xn, M - 1).to(gl.int64) * x_stride + (xb * 128 + xk))
     k = xb * 128 + xk + xn * 0
     inside = wb[:, :, None] + (wr * 0)[:, :, None] + wk * 0
-    acc = gl.zeros([B, R, 8], gl.int32 if INT and WHOLE else gl.float32, MMA)
+    acc = gl.zeros([B, R, T], gl.int32 if INT and WHOLE else gl.float32, MMA)
     w = _load(wp, inside < blocks, EVEN)
     s0, s1, s2, s3 = _scales(s_ptr, sb, sr, groups, s_stride, GROUP)
+    address = 0
+    if KIND == "table":
+        SETUP: gl.constexpr = ASM[1]
+        address = gl.inline_asm_elementwise(SETUP, "=r", [], gl.int32, False, 1)
     if PDL:
         gdc_wait()
     for block in range(0, blocks, B):
@@ -174,7 +180,7 @@ def _w4_direct(
         at = k + block * 128
         if BYTES:
             x0, x2 = _tokens(xp, at, K, EVEN), _tokens(xp + 64, at + 64, K, EVEN)
-            none = gl.zeros([B, R, 8], gl.int32 if INT else gl.float32, MMA)
+            none = gl.zeros([B, R, T], gl.int32 if INT else gl.float32, MMA)
             if INT:
                 z = codes
                 if ZERO:
@@ -190,7 +196,7 @@ def _w4_direct(
             x0, x1 = _tokens(xp, at, K, EVEN), _tokens(xp + 32, at + 32, K, EVEN)
             x2, x3 = _tokens(xp + 64, at + 64, K, EVEN), _tokens(xp + 96, at + 96, K, EVEN)
             if KIND == "table":
-                a0, a1, a2, a3 = lookup(codes, ASM, FLOAT)
+                a0, a1, a2, a3 = lookup(codes, address, ASM, FLOAT)
             else:
                 z0 = gl.full([B, R, SPAN], -ONES - 8.0, FLOAT, CODES)
                 z1 = z0
@@ -200,7 +206,7 @@ def _w4_direct(
                     z0, z1, z2, z3 = _zeros(z_ptr, block + zb, zr, groups, s_stride, GROUP, FLOAT, ONES)
                 a0, a1 = _plane(codes, z0, ASM, 0), _plane(codes, z1, ASM, 1)
                 a2, a3 = _plane(codes, z2, ASM, 2), _plane(codes, z3, ASM, 3)
-            none = gl.zeros([B, R, 8], gl.float32, MMA)
+            none = gl.zeros([B, R, T], gl.float32, MMA)
             if WHOLE:
                 acc = mma_v2(a3, x3, mma_v2(a2, x2, mma_v2(a1, x1, mma_v2(a0, x0, acc))))
             elif PARTS == 1:
@@ -227,7 +233,7 @@ def _w4_direct(
         gdc_launch_dependents()
     total = gl.sum(acc, 0).to(gl.float32)
     rn = pn * R + gl.arange(0, R, gl.SliceLayout(1, gl.SliceLayout(0, MMA)))
-    rt = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(0, MMA)))
+    rt = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(0, MMA)))
     if WHOLE:
         total *= gl.load(s_ptr + rn)[:, None]
     if SCALED:  # one factor for each token; FACTOR undoes what the decoder multiplies by
@@ -239,15 +245,18 @@ def _w4_direct(
 
 
 def takes(tokens: int, group: int, decoder: Decoder) -> bool:
-    """Whether this form computes so many tokens with such codes and groups."""
-    if tokens > 8 or decoder.kind not in ("int4", "table", "int4_int8", "table_e4m3"):
+    """Whether this form computes so many tokens with such codes and groups.
+
+    With 9 to 16 tokens only tables: there integers are faster elsewhere, and these are not.
+    """
+    if tokens > (16 if decoder.table else 8) or decoder.kind not in ("int4", "table", "int4_int8", "table_e4m3"):
         return False
     return group < 0 or group % 128 == 0 or (group in (32, 64) and decoder.kind in ("int4", "table"))
 
 
 @cache
 def launcher(
-    shape: tuple[int, int, int, bool, int], decoder: Decoder, group: int, flags: tuple[bool, ...], pdl: bool
+    shape: tuple[int, int, int, bool, int], decoder: Decoder, group: int, flags: tuple[bool, ...], many: bool, pdl: bool
 ) -> Launcher:
     """The kernel.
 
@@ -257,18 +266,21 @@ def launcher(
         decoder: what a code means.
         group: columns that share a scale, or -1.
         flags: zero points, scaled tokens, bias, float16, columns a multiple of what a turn of the loop takes.
+        many: 16 tokens and not 8.
         pdl: programmatic dependent launch.
     """
     warps, unroll, rows, ahead, registers = shape
     zero, scaled, bias, f16, even = flags
     limit: dict[str, Any] = {"maxnreg": registers} if registers else {}
     asm: tuple[str, ...] = (decoder.asm,)
-    if decoder.kind == "int4":
+    if decoder.kind == "table":
+        asm = LOOKUP, setup_asm(decoder.table, warps)
+    elif decoder.kind == "int4":
         asm = tuple(_nibble(plane, f16) for plane in range(4))
     elif decoder.kind == "int4_int8":
         asm = ((HALVES_LESS_ZERO if zero else HALVES).value,)
     return Launcher(
         _w4_direct, KIND=decoder.kind, ASM=asm, FLOAT=gl.float16 if f16 else gl.bfloat16, ONES=1024.0 if f16 else 128.0,
         FACTOR=decoder.factor, GROUP=group, ZERO=zero, SCALED=scaled, BIAS=bias, W=warps, U=unroll, R=rows,
-        AHEAD=ahead, EVEN=even, PDL=pdl, num_warps=warps, launch_pdl=pdl, **limit,
+        T=16 if many else 8, AHEAD=ahead, EVEN=even, PDL=pdl, num_warps=warps, launch_pdl=pdl, **limit,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qfx.kernels.gpu.decode4 import Decoder
 from qfx.kernels.gpu.launch import capability
-from qfx.kernels.gpu.w4_config import Config
+from qfx.kernels.gpu.w4_config import MEETING, Config
 
 
 @cache
@@ -60,9 +60,10 @@ def run_form(
         from qfx.kernels.gpu import w4_direct
 
         tokens, columns = x.shape
-        shape = config.warps, config.unroll, config.bn, config.stages > 1, config.registers
-        even = columns % (128 * config.warps * config.unroll) == 0
-        w4_direct.launcher(shape, decoder, group, (*flags, even), capability(x.device) >= 90)(
+        warps = config.warps if tokens <= 8 else min(config.warps, MEETING // config.bn)
+        shape = warps, config.unroll, config.bn, config.stages > 1, config.registers
+        even = columns % (128 * warps * config.unroll) == 0
+        w4_direct.launcher(shape, decoder, group, (*flags, even), tokens > 8, capability(x.device) >= 90)(
             (-(-rows // config.bn), 1, 1), x, x_scale, tiles.view(torch.int32), scale, zero, bias, y,
             tokens, rows, columns, scale.shape[0], x.stride(0), scale.shape[1],
         )  # fmt: skip
@@ -72,7 +73,7 @@ def run_form(
         cut = w4_large.Config(
             config.bt or 128, config.stages or 3, config.tokens, whole, programs, config.bn or 256
         )  # zeros are of tables that were made before there was a choice
-        w4_large.w4_large(x, tiles, scale, zero, bias, rows, group, cut, y, decoder.asm)
+        w4_large.w4_large(x, tiles, scale, zero, bias, rows, group, cut, y, decoder.table)
     else:
         from qfx.kernels.gpu import w4a8_large
 

@@ -8,7 +8,7 @@ to the dtype of the activations, scale included, so that sums never leave the te
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,11 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qfx.kernels.gpu.gemm8_config import SHARED
 from qfx.kernels.gpu.gluon_lookup import lookup
 from qfx.kernels.gpu.launch import Launcher, capability
 from qfx.kernels.gpu.parts import counters
 from qfx.kernels.gpu.pieces import _halves, async_load, finish, piece, pieces, place
+from qfx.kernels.gpu.shared_table import BYTES, LOOKUP, setup_asm
 
 
 def _plane(kind: str, magic: str, plane: int, scaled: bool) -> str:
@@ -68,6 +71,7 @@ def _load(x, w, xs, ws, full, free, M, N, K, BT: gl.constexpr, TOKENS: gl.conste
           WHOLE: gl.constexpr):  # fmt: skip
     ROWS: gl.constexpr = ws.shape[1]
     _, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE, ROWS)
+    gdc_wait()
     step = 0
     for number in range(count):
         tile, k0, k1 = piece(number, blocks, alone, first, last)
@@ -85,6 +89,7 @@ def _load(x, w, xs, ws, full, free, M, N, K, BT: gl.constexpr, TOKENS: gl.conste
             async_load(x, [m * BT, k * 128], ready, xs.index(2 * slot))
             async_load(x, [m * BT, k * 128 + 64], ready, xs.index(2 * slot + 1))
             step += 1
+    gdc_launch_dependents()
 
 
 @gluon.jit
@@ -127,7 +132,7 @@ def _operands(s, z, DOT: gl.constexpr, FLOAT: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    x, y, xs, ws, staged, full, free, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
+    x, y, xs, ws, staged, full, free, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, address, M, N, K, stride,
     GROUP: gl.constexpr, BT: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
     ASM: gl.constexpr, TABLE: gl.constexpr,
 ):  # fmt: skip
@@ -139,6 +144,7 @@ def _multiply(
     ROWS: gl.constexpr = ws.shape[1]
     tiles, blocks, alone, first, last, count = pieces(M, N, K, BT, WHOLE, ROWS)
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
+    gdc_wait()
     step = 0
     for number in range(count):
         tile, k0, k1 = piece(number, blocks, alone, first, last)
@@ -161,7 +167,7 @@ def _multiply(
                 # a half of the words has 16 of each 32 columns; tables give four operands at once
                 if TABLE:
                     if i % 4 == 0:
-                        values = lookup(low if i == 0 else high, ASM, FLOAT)
+                        values = lookup(low if i == 0 else high, address, ASM, FLOAT)
                     if i % 4 < 2:
                         a = _scaled(values[i % 4], scale, rest, DOT, ASM, SCALED)
                     else:
@@ -199,6 +205,10 @@ def _w4_large(
     GROUP: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
     ASM: gl.constexpr, TABLE: gl.constexpr,
 ):  # fmt: skip
+    address = 0
+    if TABLE:
+        SETUP: gl.constexpr = ASM[2]
+        address = gl.inline_asm_elementwise(SETUP, "=r", [], gl.int32, False, 1)
     BT: gl.constexpr = x.block_shape[0]
     xs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BT, 64], x.layout)
     ROWS: gl.constexpr = y.block_shape[1]
@@ -215,8 +225,8 @@ def _w4_large(
             (
                 _multiply,
                 (
-                    x, y, xs, ws, staged, full, free, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, M, N, K, stride,
-                    GROUP, BT, TOKENS, STAGES, WHOLE, ASM, TABLE,
+                    x, y, xs, ws, staged, full, free, s_ptr, z_ptr, b_ptr, part_ptr, count_ptr, address, M, N, K,
+                    stride, GROUP, BT, TOKENS, STAGES, WHOLE, ASM, TABLE,
                 ),
             ),
             (_load, (x, w, xs, ws, full, free, M, N, K, BT, TOKENS, STAGES, WHOLE)),
@@ -248,19 +258,32 @@ class Config:
 
 
 @cache
-def launcher(config: Config, group: int, f16: bool, table: str) -> Launcher:
-    """The kernel for one configuration; `table`: the PTX of `table_to_float`, or nothing."""
+def beside_table(config: Config) -> Config:
+    """The same with as many stages as the shared memory that a table leaves has room for; another tile if none."""
+    room = SHARED - BYTES - 2 * config.bt * config.rows
+    stages = min(config.stages, room // (256 * config.bt + 64 * config.rows))
+    return replace(config, stages=stages) if stages > 1 else replace(config, bt=128, rows=128, stages=4)
+
+
+@cache
+def launcher(config: Config, group: int, f16: bool, table: tuple[int, ...]) -> Launcher:
+    """The kernel for one configuration; `table`: 16 halfwords, if codes are places in a table."""
     # 0x4300 is 128 in bfloat16, 0x6400 is 1024 in float16, and the last bit is worth 1: or-ing a nibble in adds it
     form = ("f16", "0x64006400") if f16 else ("bf16", "0x43004300")
+    if table:
+        asm: tuple[str, ...] = (LOOKUP, _times(form[0]), setup_asm(table, 8))
+    else:
+        asm = tuple(_plane(*form, i, group > 0) for i in range(4))
     return Launcher(
         _w4_large,
         GROUP=group,
         TOKENS=config.tokens,
         STAGES=config.stages,
         WHOLE=config.whole,
-        ASM=(table, _times(form[0])) if table else tuple(_plane(*form, i, group > 0) for i in range(4)),
+        ASM=asm,
         TABLE=bool(table),
         num_warps=8,
+        launch_pdl=True,
     )
 
 
@@ -305,7 +328,7 @@ def w4_large(
     group: int,
     config: Config = Config(),
     out: Tensor | None = None,
-    table: str = "",
+    table: tuple[int, ...] = (),
 ) -> Tensor:
     """`x @ W.T + bias` from kernel layout, for many tokens.
 
@@ -319,11 +342,13 @@ def w4_large(
         group: columns that share a scale: 64, a multiple of 128, or -1 for all of them.
         config: how the launch is cut.
         out: `[tokens, out]` of x's dtype, contiguous, to be filled; or None.
-        table: the PTX of a decoder of kind `table` for x's dtype, if codes are places in one.
+        table: 16 values of x's dtype, their bits, if codes are places in a table.
 
     Returns:
         `[tokens, out]` of x's dtype.
     """
+    if table:
+        config = beside_table(config)
     tokens, columns = x.shape
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device) if out is None else out
     if tokens == 0 or rows == 0:

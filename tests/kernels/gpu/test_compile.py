@@ -46,6 +46,7 @@ from qfx.kernels.gpu import gemm8 as gemm8_module
 from qfx.kernels.gpu import w4 as w4_module
 from qfx.kernels.gpu import w4_large as w4_large_module
 from qfx.kernels.gpu import w4a8_large as w4a8_large_module
+from qfx.kernels.gpu.hadamard import Plan as HadamardPlan
 from qfx.kernels.gpu.hadamard import hadamard as hadamard_kernel
 from qfx.kernels.gpu.launch import Launcher, compiling
 
@@ -56,6 +57,7 @@ INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
 SIDE = 4096
 SHARING = w4_module.Config(16, 8, 1, 8, 3, shared=True)
 DIRECT = w4_module.Config(16, 8, 1, 4, 2, unroll=2, direct=True)
+MANY_WARPS = w4_module.Config(32, 8, 1, 16, 1, direct=True)
 DIRECT_32 = w4_module.Config(32, 8, 1, 4, 1, registers=64, direct=True)
 
 
@@ -91,7 +93,7 @@ def w4_large(group: int, x: torch.dtype = BF16, zero: bool = False, table: str =
     scale = torch.empty(1 if group < 0 else SIDE // group, SIDE)
     zeros = torch.empty(scale.shape, dtype=torch.uint8) if zero else None
     cut = w4_large_module.Config(**config)  # type: ignore[arg-type]
-    text = decode4.table_decoder(nf4_linear.TABLES[table], x).asm if table else ""
+    text = decode4.table_decoder(nf4_linear.TABLES[table], x).table if table else ()
     rest = zeros, None, SIDE, group, cut, None, text
     w4_large_module.w4_large(torch.empty(1024, SIDE, dtype=x), tiles, scale, *rest)
 
@@ -141,8 +143,10 @@ def gated_values(tokens: int, columns: int, act: str, dtype: torch.dtype = BF16)
     gated_module.gated(gate, up, act)
 
 
-def hadamard(tokens: int, columns: int, block: int, grid: str, dtype: torch.dtype = BF16) -> None:
-    hadamard_kernel(torch.empty(tokens, columns, dtype=dtype), block, grid)
+def hadamard(
+    tokens: int, columns: int, block: int, grid: str, dtype: torch.dtype = BF16, plan: HadamardPlan | None = None
+) -> None:
+    hadamard_kernel(torch.empty(tokens, columns, dtype=dtype), block, grid, plan=plan)
 
 
 def split_outliers(tokens: int, columns: int = SIDE) -> None:
@@ -177,6 +181,8 @@ def cases(capability: int) -> dict[str, Callable[[], None]]:
         "w4 direct int4_int8 g128 zero, 8": lambda: w4(8, 128, INT8, zero=True, config=DIRECT),
         "w4 direct int4_int8 channel, 1": lambda: w4(1, -1, INT8, config=DIRECT),
         "w4 direct nf4 bf16 g64, 1": lambda: w4(1, 64, BF16, table="nf4", config=DIRECT),
+        "w4 direct nf4 f16 g32, 16": lambda: w4(16, 32, F16, table="nf4", out=F16, config=DIRECT),
+        "w4 direct nf4 bf16 g64, 16, most warps": lambda: w4(16, 64, BF16, table="nf4", config=MANY_WARPS),
         "dequantize4 int4 g128": lambda: dequantize(128, zero=True),
         "dequantize4 nf4 g64": lambda: dequantize(64, table="nf4"),
         "gemm8 int8, 1": lambda: g8(1, INT8),
@@ -220,6 +226,15 @@ def cases(capability: int) -> dict[str, Callable[[], None]]:
         found |= {
             "gemm8 specialized int8": lambda: g8(2048, INT8, form="specialized"),
             "gemm8 specialized e4m3": lambda: g8(2048, E4M3, form="specialized"),
+            "hadamard 8192 twice int8": lambda: hadamard(
+                8192, 8192, 8192, "int8_narrow", plan=HadamardPlan(1, 512, 16, "twice", 8)
+            ),
+            "hadamard 4096 twice e4m3, the next row ahead": lambda: hadamard(
+                8192, 4096, 4096, "e4m3", plan=HadamardPlan(1, 256, 16, "twice", 4, stages=2)
+            ),
+            "hadamard 8192 in 128 short int8": lambda: hadamard(
+                8192, 8192, 128, "int8_narrow", F16, plan=HadamardPlan(1, 256, 32, "short", 8, stages=2)
+            ),
             "w4_large bf16 g128": lambda: w4_large(128),
             "w4_large f16 channel zero": lambda: w4_large(-1, F16, zero=True),
             "w4_large bf16 g128 of 128 rows": lambda: w4_large(128, zero=True, stages=4, rows=128),
@@ -258,6 +273,15 @@ def spills(cubin: bytes) -> tuple[int, int] | None:
     return sum(any(a <= i < b for a, b in inner) for i in local), len(local)
 
 
+def shared(kernel: Any) -> int:
+    """Bytes of shared memory. What PTX declares itself, Triton does not count when it asks for more than 48 KB."""
+    declared = sum(4 * int(n) for n in re.findall(r"\.shared [^;]*\.b32 \w+\[(\d+)\];", kernel.asm["ptx"]))
+    dynamic = kernel.metadata.shared
+    if declared and dynamic <= 48 * 1024 < declared + dynamic:
+        raise ValueError(f"{dynamic} and {declared} bytes of shared memory do not fit in 48 KB")
+    return declared + dynamic
+
+
 def compile_all(capability: int) -> dict[str, dict[str, Any]]:
     """Of every case: shared memory and spills of the kernels that it launches; or what went wrong."""
     found: dict[str, dict[str, Any]] = {}
@@ -268,7 +292,7 @@ def compile_all(capability: int) -> dict[str, dict[str, Any]]:
         except Exception as e:
             found[name] = {"error": f"{type(e).__name__}: {e}"}
             continue
-        found[name] = {"shared": [k.metadata.shared for _, k in made]}
+        found[name] = {"shared": [shared(k) for _, k in made]}
         if capability == 90:
             found[name]["spills"] = [spills(k.asm["cubin"]) for _, k in made]
     return found

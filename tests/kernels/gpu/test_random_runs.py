@@ -170,15 +170,15 @@ def test_rows_past_two_to_the_31() -> None:
     gate, up = two[:, :columns], two[:, columns:]
     gain = torch.randn(columns, device=DEVICE).to(BF16)
 
-    def check(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
-        large, small = call(*inputs), call(*(t[some] for t in inputs))
-        assert equal([t[some] for t in large if t.numel()], [t for t in small if t.numel()])
+    def check(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, times: int = 1) -> None:
+        large, small = call(*inputs), call(*(t[some].repeat(times, 1) for t in inputs))
+        assert equal([t[some] for t in large if t.numel()], [t[:4] for t in small if t.numel()])
         assert not large[0][2:-2].any()
 
     check(lambda g, u: ops.gated_quantize(g, u, "silu", "int8_narrow"), gate, up)
     check(lambda x: ops.quantize_rows(x, "int8_narrow"), two)
     check(lambda x, r: ops.norm_quantize(x, r, gain, None, 1e-5, False, True, "int8_narrow"), gate, up)
-    check(lambda x: ops.hadamard(x, 128, "int8_narrow"), two)
+    check(lambda x: ops.hadamard(x, 128, "int8_narrow"), two, times=32)  # fewer rows take another kernel
     check(lambda g, u: (ops.gated(g, u, "silu"),), gate, up)
     check(lambda x, r: ops.norm(x, r, gain), gate, up)
 

@@ -203,10 +203,13 @@ def hadamard_bound(x: Tensor, block: int, plan: had.Plan, exact: Tensor) -> Tens
     """
     blocks = x.double().abs().unflatten(-1, (-1, block))
     terms = (blocks.sum(-1, keepdim=True) / block**0.5).expand(blocks.shape).flatten(-2)
-    unit = {"plain": 0.0, "fp16": 2.0**-11, "split": 2.0**-16, "split3": 2.0**-23}[plan.form]
+    unit = {"plain": 0.0, "short": 0.0, "fp16": 2.0**-11, "twice": 2.0**-10 + 2.0**-22, "split": 2.0**-16}.get(
+        plan.form, 2.0**-23
+    )
     # of float32 input, three parts are kept in any form
     unit += 2.0**-23 if x.dtype == torch.float32 else 0.0
-    lost = plan.side**2 * 2.0**-38 * x.double().abs().amax(-1, keepdim=True) if plan.form == "fp16" else 0.0
+    lost = {"fp16": plan.side**2 * 2.0**-38, "twice": block**0.5 * 2.0**-38}.get(plan.form, 0.0)
+    lost = lost * x.double().abs().amax(-1, keepdim=True)
     info = torch.finfo(x.dtype)
     off = (unit + (plan.side + plan.width + 4) * 2.0**-23) * terms + lost
     return off + info.eps / 2 * (exact.abs() + off) + info.smallest_normal * info.eps

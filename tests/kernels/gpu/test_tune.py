@@ -20,6 +20,22 @@ class Width:
     width: int
 
 
+class _Shipped:
+    """A package's folder with one file."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __truediv__(self, name: str) -> _Shipped:
+        return self
+
+    def is_file(self) -> bool:
+        return True
+
+    def read_text(self) -> str:
+        return self.text
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """Of a device that is not here."""
@@ -77,6 +93,15 @@ def test_about_as_many_tokens_of_a_similar_weight_before_far_more_of_the_same(ta
     tune._save("op", ("int8", "4096x4096", 32), Width(5), 1e-6)  # nearer than 1.5 doublings of the weight
     tune._chosen.clear()
     assert choose(16, "int8", "4096x4096") == Width(5)
+
+
+def test_what_ships_for_these_tokens_before_own_measurements_of_others(table, monkeypatch) -> None:
+    entry = {"config": {"width": 9}, "us": 1.0}
+    shipped = {"op": {"int8 4096x4096": {"1": entry, "64": entry}}}
+    monkeypatch.setattr(tune.resources, "files", lambda _: _Shipped(json.dumps(shipped)))
+    tune._save("op", ("int8", "4096x4096", 16), Width(1), 1e-6)
+    tune._save("op", ("int8", "4096x4096", 64), Width(2), 1e-6)
+    assert [choose(m, "int8", "4096x4096").width for m in (1, 16, 64)] == [9, 1, 2]
 
 
 def test_a_small_one_does_not_serve_many_tokens(table) -> None:

@@ -31,6 +31,8 @@ SHAPES = [
     ((1,), 4096, 512), ((1,), 136, 24), ((8,), 1152, 333), ((5,), 2048, 130), ((2, 3), 14336, 128), ((7,), 40, 17),
     ((1,), 1000, 1),
 ]  # fmt: skip
+MORE = [((16,), 1152, 333), ((9,), 2048, 130), ((3, 4), 14336, 128)]
+"""With tables."""
 SCHEMES = ["_G128", "_ASYM_G128", "_G256", "_CHANNEL", "_ASYM_CHANNEL"]
 SMALL_GROUPS = ["_ASYM_G64", "_G64", "_ASYM_G32"]
 
@@ -78,7 +80,9 @@ def test_w4a8(case, ran) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(nf4_linear.TABLES))
-@pytest.mark.parametrize(("shape", "group"), [(s, g) for s in SHAPES for g in (32, 64, 128) if s[1] % g == 0], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "group"), [(s, g) for s in SHAPES + MORE for g in (32, 64, 128) if s[1] % g == 0], ids=str
+)
 def test_tables(shape, group, name, dtype, ran) -> None:
     lead, columns, rows = shape
     x, w = torch.randn(*lead, columns).to(dtype).reshape(-1, columns), torch.randn(rows, columns) / columns
@@ -99,6 +103,22 @@ def test_a_wrong_nibble_is_seen(ran) -> None:
     y = gpu.w4(case.x.cuda(), parts["tiles"], parts["scale"], None, case.bias.cuda(), 128, 128, decode4.INT4)
     assert ran
     assert worst(y, case.x, case.weight.dequantize(), case.bias) > 1
+
+
+@pytest.mark.parametrize("tokens", [3, 16])
+def test_a_wrong_entry_is_seen(tokens, ran) -> None:
+    x, w = torch.randn(tokens, 512).bfloat16(), torch.randn(128, 512)
+    codes, absmax = nf4_linear.quantize(w, 64, "nf4")
+    tiles, scale = nf4_linear.prepare(codes, absmax)
+    exact = (nf4_linear.table("nf4", torch.device("cpu"), x.dtype).double()[codes.long()].unflatten(1, (-1, 64))
+             * absmax.double().unsqueeze(-1)).flatten(1)  # fmt: skip
+    for change, wrong in ((0.0, False), (0.01, True)):
+        values = list(nf4_linear.TABLES["nf4"])
+        values[3] += change
+        decoder = decode4.table_decoder(tuple(values), x.dtype)
+        y = gpu.w4(x.cuda(), tiles.cuda(), scale.cuda(), None, None, 128, 64, decoder)
+        assert (worst(y, x, exact, None) > 1) == wrong
+    assert ran
 
 
 def test_more_tokens_take_another_kernel(ran) -> None:

@@ -88,7 +88,7 @@ def test_tables(tokens, rows, name, group, dtype) -> None:
     tiles, scale = nf4_linear.prepare(codes, absmax)
     values = nf4_linear.table(name, torch.device("cpu"), dtype)
     exact = (values.double()[codes.long()].unflatten(1, (-1, group)) * absmax.double().unsqueeze(-1)).flatten(1)
-    text = decode4.table_decoder(nf4_linear.TABLES[name], dtype).asm
+    text = decode4.table_decoder(nf4_linear.TABLES[name], dtype).table
     extra = 0.0 if group == columns else torch.finfo(dtype).eps
     if dtype == torch.float16 and extra:
         extra += float(2 * 2.0**-24 / exact.abs().where(exact != 0, exact.new_ones(())).min())
