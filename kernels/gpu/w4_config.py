@@ -27,7 +27,8 @@ class Config:
         registers: limit for a thread, so that more programs fit; 0 for none.
         chunk: if not 0, nothing of this: so many rows at a time are dequantized, and multiplied by cuBLAS.
         shared: whether the warps of a program share its columns instead of its rows (`w4_few`).
-        direct: the same without shared memory (`w4_direct`); `stages` above 1: one step's codes are loaded ahead.
+        direct: the same without shared memory (`w4_direct`); codes are loaded `stages` - 1 steps ahead,
+            up to 3.
         specialized: not below 0 for `w4_large`, or `w4a8_large` for activations of 8 bits, with so many programs, or
             one on each multiprocessor; a split of 1 means whole tiles only. Of the other fields these take `tokens`,
             `bt`, `stages`, and `bn` (not where `w4a8_large` scales sums).
@@ -148,6 +149,7 @@ def _direct(blocks: int) -> list[Config]:
     for warps in (4, 8, 16):
         for unroll, rows, stages in (
             (1, 16, 1), (1, 16, 2), (2, 16, 1), (2, 16, 2), (4, 16, 1), (4, 16, 2), (1, 32, 1), (1, 32, 2), (2, 32, 1),
+            (1, 16, 3), (1, 16, 4), (2, 16, 3), (2, 16, 4), (1, 32, 3), (1, 32, 4),
         ):  # fmt: skip
             if warps * unroll <= blocks:
                 found.append(Config(rows, 8, 1, warps, stages, 1, unroll, direct=True))

@@ -54,12 +54,13 @@ def _lookup8(w, ASM: gl.constexpr):
 
 
 @gluon.jit
-def _load(ptr, mask, EVEN: gl.constexpr):
-    """The words of a step; a weight is read once."""
+def _load(ptr, inside, block, blocks, B: gl.constexpr, EVEN: gl.constexpr):
+    """The words of the step that begins with a block; a weight is read once. Behind the last step: any, or zeros."""
+    TILE: gl.constexpr = 128 * 16
     if EVEN:
-        w = gl.load(ptr, eviction_policy="evict_first")
+        w = gl.load(ptr + gl.minimum(block, blocks - B) * TILE, eviction_policy="evict_first")
     else:
-        w = gl.load(ptr, mask=mask, other=0, eviction_policy="evict_first")
+        w = gl.load(ptr + block * TILE, mask=inside + block < blocks, other=0, eviction_policy="evict_first")
     return w
 
 
@@ -82,6 +83,29 @@ def _tokens(ptr, k, K, EVEN: gl.constexpr):
     else:
         x = gl.load(ptr, mask=k < K, other=0 if ptr.dtype.element_ty == gl.int8 else 0.0)
     return x
+
+
+@gluon.jit
+def _columns(ptr, k, K, BYTES: gl.constexpr, EVEN: gl.constexpr):
+    """The tokens' columns of each plane; bytes have two planes, the first and the third."""
+    x0 = _tokens(ptr, k, K, EVEN)
+    if BYTES:
+        x2 = _tokens(ptr + 64, k + 64, K, EVEN)
+        return x0, x0, x2, x2
+    x1, x2 = _tokens(ptr + 32, k + 32, K, EVEN), _tokens(ptr + 64, k + 64, K, EVEN)
+    return x0, x1, x2, _tokens(ptr + 96, k + 96, K, EVEN)
+
+
+@gluon.jit
+def _needed(a0, a1, a2, a3, b0, b1, b2, b3, WHOLE: gl.constexpr, PARTS: gl.constexpr):
+    """The scales b where they are used; those of other planes stay a, so that the loop carries nothing for them."""
+    if not WHOLE:
+        a0 = b0
+    if PARTS > 1:
+        a2 = b2
+    if PARTS == 4:
+        a1, a3 = b1, b3
+    return a0, a1, a2, a3
 
 
 @gluon.jit
@@ -160,26 +184,32 @@ def _w4_direct(
     k = xb * 128 + xk + xn * 0
     inside = wb[:, :, None] + (wr * 0)[:, :, None] + wk * 0
     acc = gl.zeros([B, R, T], gl.int32 if INT and WHOLE else gl.float32, MMA)
-    w = _load(wp, inside < blocks, EVEN)
+    w = _load(wp, inside, 0, blocks, B, EVEN)
     s0, s1, s2, s3 = _scales(s_ptr, sb, sr, groups, s_stride, GROUP)
     address = 0
     if KIND == "table":
         SETUP: gl.constexpr = ASM[1]
         address = gl.inline_asm_elementwise(SETUP, "=r", [], gl.int32, False, 1)
+    # names that end in p, q, n: of the next step, of the one behind it, of the last one that is loaded
+    if AHEAD > 1:
+        w_p = _load(wp, inside, B, blocks, B, EVEN)
+        s0p, s1p, s2p, s3p = _scales(s_ptr, B + sb, sr, groups, s_stride, GROUP)
+    if AHEAD > 2:
+        w_q = _load(wp, inside, 2 * B, blocks, B, EVEN)
+        s0q, s1q, s2q, s3q = _scales(s_ptr, 2 * B + sb, sr, groups, s_stride, GROUP)
     if PDL:
         gdc_wait()
     for block in range(0, blocks, B):
-        if AHEAD:  # the codes and scales of the next step: their latency passes while this one is computed
-            w_next = _load(wp + B * TILE, inside + (block + B) < blocks, False)
-            n0, n1, n2, n3 = _scales(s_ptr, block + B + sb, sr, groups, s_stride, GROUP)
+        if AHEAD:  # their latency passes while this step is computed
+            w_n = _load(wp, inside, block + AHEAD * B, blocks, B, EVEN)
+            s0n, s1n, s2n, s3n = _scales(s_ptr, block + AHEAD * B + sb, sr, groups, s_stride, GROUP)
         else:
-            w = _load(wp, inside + block < blocks, EVEN)
+            w = _load(wp, inside, block, blocks, B, EVEN)
             if not WHOLE:
                 s0, s1, s2, s3 = _scales(s_ptr, block + sb, sr, groups, s_stride, GROUP)
         codes = _parts(w, SPAN, CODES)
-        at = k + block * 128
+        x0, x1, x2, x3 = _columns(xp + block * 128, k + block * 128, K, BYTES, EVEN)
         if BYTES:
-            x0, x2 = _tokens(xp, at, K, EVEN), _tokens(xp + 64, at + 64, K, EVEN)
             none = gl.zeros([B, R, T], gl.int32 if INT else gl.float32, MMA)
             if INT:
                 z = codes
@@ -193,8 +223,6 @@ def _w4_direct(
             else:
                 acc += mma_v2(a2, x2, mma_v2(a0, x0, none)).to(gl.float32) * s0[:, :, None]
         else:
-            x0, x1 = _tokens(xp, at, K, EVEN), _tokens(xp + 32, at + 32, K, EVEN)
-            x2, x3 = _tokens(xp + 64, at + 64, K, EVEN), _tokens(xp + 96, at + 96, K, EVEN)
             if KIND == "table":
                 a0, a1, a2, a3 = lookup(codes, address, ASM, FLOAT)
             else:
@@ -219,16 +247,20 @@ def _w4_direct(
                 acc += mma_v2(a1, x1, none) * s1[:, :, None]
                 acc += mma_v2(a2, x2, none) * s2[:, :, None]
                 acc += mma_v2(a3, x3, none) * s3[:, :, None]
-        wp += B * TILE
-        xp += B * 128
-        if AHEAD:
-            w = w_next
-            if not WHOLE:
-                s0 = n0
-            if PARTS == 4:
-                s1, s3 = n1, n3
-            if PARTS > 1:
-                s2 = n2
+        if AHEAD == 1:
+            w = w_n
+            s0, s1, s2, s3 = _needed(s0, s1, s2, s3, s0n, s1n, s2n, s3n, WHOLE, PARTS)
+        elif AHEAD > 1:
+            w = w_p
+            s0, s1, s2, s3 = _needed(s0, s1, s2, s3, s0p, s1p, s2p, s3p, WHOLE, PARTS)
+            if AHEAD == 2:
+                w_p = w_n
+                s0p, s1p, s2p, s3p = _needed(s0p, s1p, s2p, s3p, s0n, s1n, s2n, s3n, WHOLE, PARTS)
+            else:
+                w_p = w_q
+                w_q = w_n
+                s0p, s1p, s2p, s3p = _needed(s0p, s1p, s2p, s3p, s0q, s1q, s2q, s3q, WHOLE, PARTS)
+                s0q, s1q, s2q, s3q = _needed(s0q, s1q, s2q, s3q, s0n, s1n, s2n, s3n, WHOLE, PARTS)
     if PDL:
         gdc_launch_dependents()
     total = gl.sum(acc, 0).to(gl.float32)
@@ -256,13 +288,13 @@ def takes(tokens: int, group: int, decoder: Decoder) -> bool:
 
 @cache
 def launcher(
-    shape: tuple[int, int, int, bool, int], decoder: Decoder, group: int, flags: tuple[bool, ...], many: bool, pdl: bool
+    shape: tuple[int, int, int, int, int], decoder: Decoder, group: int, flags: tuple[bool, ...], many: bool, pdl: bool
 ) -> Launcher:
     """The kernel.
 
     Args:
-        shape: warps; steps of 128 columns that a warp takes at once; rows; whether the next step's codes are loaded
-            ahead; limit of a thread's registers, or 0.
+        shape: warps; steps of 128 columns that a warp takes at once; rows; how many steps ahead codes are loaded, up to
+            3; limit of a thread's registers, or 0.
         decoder: what a code means.
         group: columns that share a scale, or -1.
         flags: zero points, scaled tokens, bias, float16, columns a multiple of what a turn of the loop takes.

@@ -61,7 +61,7 @@ def run_form(
 
         tokens, columns = x.shape
         warps = config.warps if tokens <= 8 else min(config.warps, MEETING // config.bn)
-        shape = warps, config.unroll, config.bn, config.stages > 1, config.registers
+        shape = warps, config.unroll, config.bn, config.stages - 1, config.registers
         even = columns % (128 * warps * config.unroll) == 0
         w4_direct.launcher(shape, decoder, group, (*flags, even), tokens > 8, capability(x.device) >= 90)(
             (-(-rows // config.bn), 1, 1), x, x_scale, tiles.view(torch.int32), scale, zero, bias, y,

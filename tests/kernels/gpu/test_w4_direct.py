@@ -26,6 +26,8 @@ CONFIGS = [
     gpu.Config(32, 8, 1, 4, 1, registers=64, direct=True),
     gpu.Config(32, 8, 1, 16, 2, direct=True),
     gpu.Config(16, 8, 1, 2, 2, unroll=4, direct=True),
+    gpu.Config(16, 8, 1, 4, 4, direct=True),
+    gpu.Config(32, 8, 1, 4, 3, direct=True),
 ]
 SHAPES = [
     ((1,), 4096, 512), ((1,), 136, 24), ((8,), 1152, 333), ((5,), 2048, 130), ((2, 3), 14336, 128), ((7,), 40, 17),
@@ -46,7 +48,7 @@ def cases(schemes: list[str]) -> list:
     return [(*shape, scheme) for shape in SHAPES for scheme in schemes if fits(shape, scheme)]
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.bn}x{c.warps}x{c.unroll}{'ahead' * (c.stages > 1)}")
+@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.bn}x{c.warps}x{c.unroll}, {c.stages - 1} ahead")
 def ran(request, monkeypatch) -> list[bool]:
     """The configuration; it fills when the kernel ran."""
     kept: list[bool] = []
