@@ -22,7 +22,7 @@ from bench import report  # noqa: E402
 del sys.path[0]  # other libraries look for a package `kernels`, and would find kernels.py
 
 Row = dict[str, Any]
-KERNELS = [Path(f"benchmarks/results/{name}.jsonl") for name in ("kernels", "kernels_outliers", "kernels_norms")]
+KERNELS = [Path("benchmarks/results/kernels.jsonl")]
 
 
 def read(path: Path) -> tuple[Row, report.Results]:

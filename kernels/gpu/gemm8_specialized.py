@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qfx.kernels.gpu.gemm8_config import Config, Operands
 from qfx.kernels.gpu.gemm8_epilogue import scaled, shifted
@@ -39,7 +38,6 @@ def _load(a, b, xs, ws, full, free, M, N, K, GROUP: gl.constexpr, STAGES: gl.con
     BM: gl.constexpr = a.block_shape[0]
     BN: gl.constexpr = b.block_shape[0]
     BK: gl.constexpr = a.block_shape[1]
-    gdc_wait()
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
         m, n = place(tile, M, N, BM, BN, GROUP)
@@ -52,7 +50,6 @@ def _load(a, b, xs, ws, full, free, M, N, K, GROUP: gl.constexpr, STAGES: gl.con
             _load_tile(a, [m * BM, k * BK], ready, xs.index(slot))
             _load_tile(b, [n * BN, k * BK], ready, ws.index(slot))
             step += 1
-    gdc_launch_dependents()
 
 
 @gluon.jit
@@ -66,7 +63,6 @@ def _multiply(
     BN: gl.constexpr = b.block_shape[0]
     BK: gl.constexpr = a.block_shape[1]
     ACC: gl.constexpr = gl.int32 if INT8 else gl.float32
-    gdc_wait()
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(M, BM) * gl.cdiv(N, BN), gl.num_programs(0)):
         m, n = place(tile, M, N, BM, BN, GROUP)
@@ -137,7 +133,6 @@ def _launcher(config: Config, int8: bool, activation: str) -> Launcher:
     return Launcher(
         _specialized,
         num_warps=config.warps,
-        launch_pdl=True,
         GROUP=config.group,
         STAGES=config.stages,
         INT8=int8,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 MOST = 1 << 17
@@ -86,7 +86,7 @@ def candidates(
     """
     blocks = -(-columns // 128)
     if direct:  # with one token, or 16 and a table, faster than the others at all shapes at which both were measured
-        return [c for c in _direct(blocks) if tokens <= 8 or (c.warps * c.bn <= MEETING and not c.registers)]
+        return _direct(blocks) if tokens <= 8 else _direct_16(blocks)
     found = []
     if whole and tokens > 32:
         found = _whole(tokens)
@@ -142,6 +142,12 @@ def _whole(tokens: int) -> list[Config]:
             together = (8, 16) if tokens > 1024 else (8,)
             found += [Config(rows, bt, n, 0, stages, t, specialized=p) for n, p in shares for t in together]
     return found
+
+
+def _direct_16(blocks: int) -> list[Config]:
+    """For 9 to 16 tokens and a table. Where a thread takes a few more than 128 registers, a program less has room."""
+    found = [c for c in _direct(blocks) if c.warps * c.bn <= MEETING and not c.registers]
+    return [replace(c, registers=128) if (c.bn, c.unroll) == (32, 1) and c.stages < 3 else c for c in found]
 
 
 def _direct(blocks: int) -> list[Config]:
