@@ -151,7 +151,7 @@ def _direct_16(blocks: int) -> list[Config]:
 
 
 def _direct(blocks: int) -> list[Config]:
-    found = [Config(rows, 8, 1, 4, 1, 1, 1, 64, direct=True) for rows in (16, 32)]
+    found = [Config(rows, 8, 1, 4, 1, 1, 1, limit, direct=True) for rows, limit in ((16, 64), (32, 80))]
     for warps in (4, 8, 16):
         for unroll, rows, stages in (
             (1, 16, 1), (1, 16, 2), (2, 16, 1), (2, 16, 2), (4, 16, 1), (4, 16, 2), (1, 32, 1), (1, 32, 2), (2, 32, 1),

@@ -58,7 +58,7 @@ SIDE = 4096
 SHARING = w4_module.Config(16, 8, 1, 8, 3, shared=True)
 DIRECT = w4_module.Config(16, 8, 1, 4, 2, unroll=2, direct=True)
 MANY_WARPS = w4_module.Config(32, 8, 1, 16, 1, direct=True)
-DIRECT_32 = w4_module.Config(32, 8, 1, 4, 1, registers=64, direct=True)
+DIRECT_32 = w4_module.Config(32, 8, 1, 4, 1, registers=80, direct=True)
 
 
 def w4(
