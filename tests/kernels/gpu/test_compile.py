@@ -57,6 +57,7 @@ INT8, E4M3, E5M2 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
 SIDE = 4096
 SHARING = w4_module.Config(16, 8, 1, 8, 3, shared=True)
 DIRECT = w4_module.Config(16, 8, 1, 4, 2, unroll=2, direct=True)
+DIRECT_16 = w4_module.Config(16, 8, 1, 4, 2, direct=True)
 MANY_WARPS = w4_module.Config(32, 8, 1, 16, 1, direct=True)
 DIRECT_32 = w4_module.Config(32, 8, 1, 4, 1, registers=80, direct=True)
 
@@ -181,7 +182,7 @@ def cases(capability: int) -> dict[str, Callable[[], None]]:
         "w4 direct int4_int8 g128 zero, 8": lambda: w4(8, 128, INT8, zero=True, config=DIRECT),
         "w4 direct int4_int8 channel, 1": lambda: w4(1, -1, INT8, config=DIRECT),
         "w4 direct nf4 bf16 g64, 1": lambda: w4(1, 64, BF16, table="nf4", config=DIRECT),
-        "w4 direct nf4 f16 g32, 16": lambda: w4(16, 32, F16, table="nf4", out=F16, config=DIRECT),
+        "w4 direct nf4 f16 g32, 16": lambda: w4(16, 32, F16, table="nf4", out=F16, config=DIRECT_16),
         "w4 direct nf4 bf16 g64, 16, most warps": lambda: w4(16, 64, BF16, table="nf4", config=MANY_WARPS),
         "dequantize4 int4 g128": lambda: dequantize(128, zero=True),
         "dequantize4 nf4 g64": lambda: dequantize(64, table="nf4"),
