@@ -160,7 +160,8 @@ def test_hadamard(columns: int, block: int, grid: str, monkeypatch: pytest.Monke
         exact = transform(x.double(), block)
         y, _ = ops.hadamard(x, block)
         plans = had.plans(columns, block, bucket(tokens), dtype) or had.plans(block, block, bucket(tokens), dtype)
-        plans += had.plans_in_registers(columns, block, bucket(tokens), dtype)
+        if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0:  # otherwise these are not taken
+            plans += had.plans_in_registers(columns, block, bucket(tokens), dtype)
         if plans:  # any of them may be chosen
             allowed = torch.zeros_like(exact)
             for plan in {(p.form, p.side, p.width): p for p in plans}.values():
