@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from triton.runtime.errors import OutOfResources
 
 from qfx.kernels.gpu import gemm8_few, gemm8_large, gemm8_skinny, tune
-from qfx.kernels.gpu.gemm8_config import Config, Operands, candidates, default, takes_tma
+from qfx.kernels.gpu.gemm8_config import NO_CUBLAS, SKINNY_ONLY, Config, Operands, candidates, default, takes_tma
 from qfx.kernels.gpu.launch import capability
 
 _LAUNCH = {"few": gemm8_few.launch, "skinny": gemm8_skinny.launch, "large": gemm8_large.launch}
@@ -64,9 +64,9 @@ def gemm8(
     o = Operands(a, b, out, a_scale, b_scale, bias, residual, a_zero, b_sums, xo, wo, activation, int8)
     if config is None:
         tma = _has_tma(a.device) and takes_tma(a) and takes_tma(b)
-        cublas = not int8 and tma and _cublas_takes(o)
+        cublas = not int8 and m > NO_CUBLAS and tma and _cublas_takes(o)
         shape = (tune.bucket(m), n, k, int8, tma, cublas)
-        kind, every = "int8" if int8 else "fp8", _specialized_takes(o)
+        kind, every = "int8" if int8 else "fp8", m <= SKINNY_ONLY or _specialized_takes(o)
         config = tune.pick(
             "gemm8",
             (kind if every else f"{kind}-general", tma, cublas, f"{n}x{k}", shape[0]),

@@ -86,24 +86,35 @@ def takes_tma(x: Tensor) -> bool:
     return x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 and x.stride(1) == 1
 
 
+SKINNY_ONLY = 128
+"""Up to so many tokens the tokens are never the M operand."""
+NO_CUBLAS = 16
+"""Up to so many tokens cuBLASLt is not tried."""
 SHARED = 227 * 1024 - 1024
 """Bytes of shared memory of a CTA on sm_90, less what barriers and reductions take."""
 
 
 def skinny_candidates(m: int, n: int, k: int, int8: bool, tma: bool = True) -> list[Config]:
-    """At most 24 configurations of the skinny form for `[m, k] x [n, k]`."""
+    """At most 48 configurations of the skinny form for `[m, k] x [n, k]`."""
     tokens = min(256, max(16, 1 << (m - 1).bit_length()))
     found = []
     for channels, depth, warps, stages, by_tma in (
         (64, 128, 4, 8, True),
+        (64, 128, 4, 5, True),
         (64, 256, 4, 5, True),
         (64, 256, 4, 3, True),
+        (128, 128, 4, 5, True),
         (128, 128, 8, 6, True),
         (128, 128, 8, 4, True),
         (128, 256, 8, 4, True),
+        (128, 256, 8, 3, True),
+        (256, 128, 8, 5, True),
         (64, 128, 4, 6, False),
+        (64, 128, 4, 4, False),
         (64, 256, 4, 4, False),
+        (64, 256, 4, 3, False),
         (128, 128, 8, 4, False),
+        (128, 128, 8, 3, False),
     ):
         for width in (tokens, 128) if tokens == 256 else (tokens,):
             # fp8 needs a second set of sums for promotion: both have to fit in registers
@@ -114,7 +125,7 @@ def skinny_candidates(m: int, n: int, k: int, int8: bool, tma: bool = True) -> l
             base = Config("skinny", width, channels, depth, stages, warps, tma=by_tma)
             for split in _splits(-(-m // width) * -(-n // channels), -(-k // depth)):
                 found.append(replace(base, split=split))
-    return found[:24]
+    return found
 
 
 def _splits(tiles: int, steps: int) -> list[int]:
@@ -164,15 +175,17 @@ def candidates(
     """What `tune.pick` tries for `[m, k] x [n, k]`."""
     found = []
     if m <= 8:
-        for depth, stages, warps in ((128, 3, 8), (128, 4, 8), (128, 4, 4), (256, 3, 4), (256, 3, 8)):
+        for depth, stages, warps in ((128, 3, 8), (128, 4, 8), (128, 4, 4), (128, 6, 4), (256, 3, 4), (256, 3, 8)):
             found.append(Config("few", 8, 16, depth, stages, warps, tma=False, promote=0))
+        for depth, stages, warps in ((128, 3, 4), (128, 4, 4), (128, 3, 8), (256, 3, 4)):
+            found.append(Config("few", 8, 32, depth, stages, warps, tma=False, promote=0))
     if m <= 256:
         found += skinny_candidates(m, n, k, int8, tma)
-    if m > 128:
+    if m > SKINNY_ONLY:
         found += large_candidates(m, n, k, int8, tma)
-    if m > 128 and tma and hopper:
+    if m > SKINNY_ONLY and tma and hopper:
         found += specialized_candidates(m, n, k, int8)
-    if cublas and m > 16:
+    if cublas and m > NO_CUBLAS:
         found.append(Config("cublas"))
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ class Launcher:
 
     def __init__(self, kernel: Any, **meta: Any) -> None:
         self.kernel, self.meta = kernel, {"enable_fp_fusion": True, **meta}
+        settle(kernel)
         names = kernel.arg_names
         self._constants = tuple(meta[n] for n in names if n in meta)
         first = len(names) - len(self._constants)
@@ -107,6 +109,30 @@ def _kind(value: Any) -> Any:
     if value is None or isinstance(value, float):
         return value is None
     return type(value), value.base.dtype, tuple(value.block_shape)  # a TensorDescriptor
+
+
+_settled: set[int] = set()
+
+
+def settle(function: Any) -> None:
+    """Has Triton hash what a kernel calls before it hashes the kernel.
+
+    Up to 3.6 at least, Triton leaves a callee's constants out of the caller's hash unless the callee was hashed
+    before. The hash would then depend on what else the process has compiled so far, and kernels that are in Triton's
+    cache on disk would be compiled again.
+    """
+    if INTERPRET or id(function) in _settled:
+        return
+    _settled.add(id(function))
+    names, seen = function.fn.__code__.co_names, set()
+    found = [function.fn.__globals__.get(name) for name in names]
+    for value in found:  # grows: names behind dots are in `names` as well
+        if isinstance(value, ModuleType) and value not in seen:
+            seen.add(value)
+            found += [getattr(value, name, None) for name in names]
+        elif hasattr(type(value), "cache_key") and hasattr(value, "fn"):  # asked of the value, it would be hashed
+            settle(value)
+    _ = function.cache_key
 
 
 def capability(device: torch.device | None = None) -> int:

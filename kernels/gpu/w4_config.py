@@ -110,8 +110,13 @@ def candidates(
             if split > 1 and (blocks // split < 4 or -(-rows // 64) * split > 1800):
                 break
             found += [Config(64, bt, split, 4, stages, 1, 2) for stages in (3, 4)]
-            found += [Config(64, bt, split, 4, 4, 1, 1, limit) for limit in (0, 72)]
-            found.append(Config(128, bt, split, 8, 3, 1, 2))
+            found += [Config(64, bt, split, 4, stages) for stages in (3, 4, 6)]
+            found.append(Config(64, bt, split, 4, 4, registers=72))
+            # tokens come from the L2 cache, for each tile of rows anew
+            found += [Config(128, bt, split, 8, 3, unroll=2), Config(128, bt, split, 8, 4)]
+            found += [Config(128, bt, split, 4, stages) for stages in (3, 4)]
+            if bt == 16:
+                found.append(Config(256, bt, split, 8, 3))
         if tokens <= 8:
             for warps, stages in ((4, 3), (4, 4), (8, 3), (8, 4), (16, 3)):
                 found += [Config(16, 8, 1, warps, stages, registers=limit, shared=True) for limit in (0, 64)]
