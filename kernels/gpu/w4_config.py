@@ -150,9 +150,9 @@ def _whole(tokens: int) -> list[Config]:
 
 
 def _direct_16(blocks: int) -> list[Config]:
-    """For 9 to 16 tokens and a table. Where a thread takes a few more than 128 registers, a program less has room."""
+    """For 9 to 16 tokens and a table. Where a thread takes a few more than 128 registers, one program less has room."""
     found = [c for c in _direct(blocks) if c.warps * c.bn <= MEETING and not c.registers]
-    return [replace(c, registers=128) if (c.bn, c.unroll) == (32, 1) and c.stages < 3 else c for c in found]
+    return [replace(c, registers=128) if (c.bn, c.unroll, c.stages) == (32, 1, 2) else c for c in found]
 
 
 def _direct(blocks: int) -> list[Config]:

@@ -65,6 +65,16 @@ def _load(ptr, inside, block, blocks, B: gl.constexpr, EVEN: gl.constexpr):
 
 
 @gluon.jit
+def _load_here(ptr, inside, left, EVEN: gl.constexpr):
+    """The words of the step at `ptr`, with so many blocks left."""
+    if EVEN:
+        w = gl.load(ptr, eviction_policy="evict_first")
+    else:
+        w = gl.load(ptr, mask=inside < left, other=0, eviction_policy="evict_first")
+    return w
+
+
+@gluon.jit
 def _parts(w, SPAN: gl.constexpr, LAYOUT: gl.constexpr):
     """32-bit words as the halfwords or bytes that they hold; no instruction."""
     if SPAN == 32:
@@ -204,11 +214,14 @@ def _w4_direct(
             w_n = _load(wp, inside, block + AHEAD * B, blocks, B, EVEN)
             s0n, s1n, s2n, s3n = _scales(s_ptr, block + AHEAD * B + sb, sr, groups, s_stride, GROUP)
         else:
-            w = _load(wp, inside, block, blocks, B, EVEN)
+            w = _load_here(wp, inside, blocks - block, EVEN)
             if not WHOLE:
                 s0, s1, s2, s3 = _scales(s_ptr, block + sb, sr, groups, s_stride, GROUP)
         codes = _parts(w, SPAN, CODES)
-        x0, x1, x2, x3 = _columns(xp + block * 128, k + block * 128, K, BYTES, EVEN)
+        if AHEAD:
+            x0, x1, x2, x3 = _columns(xp + block * 128, k + block * 128, K, BYTES, EVEN)
+        else:
+            x0, x1, x2, x3 = _columns(xp, k + block * 128, K, BYTES, EVEN)
         if BYTES:
             none = gl.zeros([B, R, T], gl.int32 if INT else gl.float32, MMA)
             if INT:
@@ -247,10 +260,13 @@ def _w4_direct(
                 acc += mma_v2(a1, x1, none) * s1[:, :, None]
                 acc += mma_v2(a2, x2, none) * s2[:, :, None]
                 acc += mma_v2(a3, x3, none) * s3[:, :, None]
-        if AHEAD == 1:
+        if AHEAD == 0:  # pointers that count up take fewer registers, with nothing loaded ahead
+            wp += B * TILE
+            xp += B * 128
+        elif AHEAD == 1:
             w = w_n
             s0, s1, s2, s3 = _needed(s0, s1, s2, s3, s0n, s1n, s2n, s3n, WHOLE, PARTS)
-        elif AHEAD > 1:
+        else:
             w = w_p
             s0, s1, s2, s3 = _needed(s0, s1, s2, s3, s0p, s1p, s2p, s3p, WHOLE, PARTS)
             if AHEAD == 2:
