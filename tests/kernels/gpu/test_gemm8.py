@@ -260,6 +260,19 @@ def test_what_the_specialized_form_does_not_take_has_choices_of_its_own(
     assert found == kind and any(c.form == "specialized" for c in tried) == (kind == "int8")
 
 
+@interpreted
+@pytest.mark.parametrize("tokens", [16, 17, 128])
+def test_few_tokens_have_one_choice_whatever_else_there_is(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the specialized form nor, up to 16 tokens, cuBLASLt is tried, so their conditions do not split tables."""
+    asked = []
+    monkeypatch.setattr(module.tune, "pick", lambda op, key, rule, *_: asked.append(key[:3]) or rule)
+    monkeypatch.setattr(module, "_cublas_takes", lambda o: o.residual is None)
+    a, b, one = codes(tokens, 64, E4M3), codes(64, 64, E4M3), torch.ones(1)
+    for residual in (None, torch.zeros(tokens, 64)):
+        assert gemm8(a, b, one, one, residual=residual, out_dtype=torch.float32).shape == (tokens, 64)
+    assert asked == [("fp8", True, tokens > 16), ("fp8", True, False)]
+
+
 def test_no_tokens() -> None:
     y = gemm8(codes(3, 16, INT8)[:0], codes(5, 16, INT8), torch.ones(0, 1), torch.ones(5))
     assert y.shape == (0, 5) and y.dtype == torch.bfloat16
