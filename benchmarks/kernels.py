@@ -185,7 +185,7 @@ def parse() -> argparse.Namespace:
     ap.add_argument("--keep", action="store_true", help="tune only what this machine and the shipped table lack")
     ap.add_argument("--eager", action="store_true", help="measure the host's time instead")
     ap.add_argument("--out", default="benchmarks/results/kernels.jsonl")
-    ap.add_argument("--budget", type=float, default=280.0, help="seconds, after which nothing more is started")
+    ap.add_argument("--budget", type=float, default=420.0, help="seconds, after which nothing more is started")
     ap.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="processes that compile")
     ap.add_argument("--resume", action="store_true", help="keep what --out holds already")
     ap.add_argument("--verbose", action="store_true")
@@ -193,7 +193,7 @@ def parse() -> argparse.Namespace:
     a = ap.parse_args()
     a.shapes = sweep.shapes(a.shapes) if a.shapes else sweep.SHAPES[:1] if a.quick else sweep.SHAPES
     a.m = a.m or ([1, 16, 256] if a.quick else sweep.TUNED if a.tune else sweep.TOKENS)
-    a.rows = a.rows if a.rows is not None else (sweep.ROWS[-1:] if a.quick else sweep.ROWS)
+    a.rows = a.rows if a.rows is not None else (sweep.ROWS[:1] if a.quick else sweep.ROWS)
     return a
 
 
